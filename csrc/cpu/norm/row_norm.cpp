@@ -1,0 +1,376 @@
+// Layer and RMS normalisation over the last dimension, forward and backward.
+//
+//   u = x + alpha * residual                     (rounded to the dtype of x, as the unfused sum is)
+//   mu = mean(u) or 0        rstd = 1 / sqrt(mean((u - mu)^2) + eps)
+//   y = (u - mu) * rstd * w + b                  w = weight + weight_offset
+//
+// Backward, with n = (u - mu) * rstd and h = dy * w:
+//   du = rstd * (h - n * mean(h * n) - [mean(h) if centred])  + what flows into u directly
+//   dw = sum over rows of dy * n             db = sum over rows of dy
+//
+// Bytes a row of D elements: forward reads x, writes y (with a residual: reads 2, writes 2); backward
+// reads u and dy, writes du. A row and its operands stay in L1/L2 between passes, so memory sees each
+// byte once. The weight gradient is summed over chunks of 64 rows, whatever the thread count, then over
+// the chunks in order (in double): same bits for any number of threads.
+#include "../simd.h"
+
+namespace solera {
+
+// All pointers are rows of D contiguous elements; the accumulator type A is float, or double for double.
+struct RowNormForward {
+  const void *x, *residual;  // residual may be null
+  const void *weight, *bias; // in A, may be null
+  void *y, *u;               // u is written only when there is a residual
+  void *mean, *rstd;         // in A, may be null
+  int64_t columns;
+  double eps, alpha;
+  bool centred, streaming;
+};
+struct RowNormBackward {
+  const void *dy, *du, *u;   // du (what flows into u directly) may be null
+  const void *weight, *mean, *rstd;
+  void *dx;                  // may be null
+  void *dweight, *dbias;     // in A, one row of D per chunk; may be null
+  int64_t rows, columns;
+  bool centred, streaming;
+};
+constexpr int64_t kChunkRows = 64;
+
+struct RowNormTable {
+  void (*forward[4])(const RowNormForward&, int64_t begin, int64_t end);
+  void (*backward[4])(const RowNormBackward&, int64_t first_chunk, int64_t last_chunk);
+  void (*sum_chunks[2])(const void* partial, void* out, int64_t chunks, int64_t columns,
+                        int64_t begin, int64_t end);
+};
+
+namespace SOLERA_ISA {
+namespace {
+
+template <class T>
+using A = typename Acc<T>::type;
+
+// Calls body(offset, count) over [0, n): whole vectors with a constant count, then one partial.
+template <int kStep, class F>
+SOLERA_INLINE void strips(int64_t n, const F& body) {
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) body(j, kStep);
+  if (j < n) body(j, int(n - j));
+}
+template <class T>
+SOLERA_INLINE AccVec<T> get(const T* p, int count) {
+  return count == kLanes<T> ? load(p) : load_n(p, count);
+}
+template <class T>
+SOLERA_INLINE void put(T* p, AccVec<T> v, int count, bool streaming) {
+  if (count != kLanes<T>)
+    store_n(p, v, count);
+  else if (streaming)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
+// Sum over a row of term(offset): four independent accumulators hide the latency of the add.
+template <class T, class F>
+SOLERA_INLINE A<T> row_sum(int64_t n, const F& term) {
+  constexpr int L = kLanes<T>;
+  AccVec<T> s0{}, s1{}, s2{}, s3{};
+  int64_t j = 0;
+  for (; j + 4 * L <= n; j += 4 * L) {
+    s0 += term(j, L);
+    s1 += term(j + L, L);
+    s2 += term(j + 2 * L, L);
+    s3 += term(j + 3 * L, L);
+  }
+  for (; j + L <= n; j += L) s0 += term(j, L);
+  if (j < n) s1 += term(j, int(n - j));
+  return lane_sum((s0 + s1) + (s2 + s3));
+}
+
+// Lanes at or past count set to zero (a partial load gives 0, but 0 - mean is not 0).
+template <class T>
+SOLERA_INLINE AccVec<T> keep(AccVec<T> v, int count) {
+  if (count == kLanes<T>) return v;
+  for (int i = count; i < kLanes<T>; ++i) v[i] = 0;
+  return v;
+}
+
+template <class T>
+void forward(const RowNormForward& p, int64_t begin, int64_t end) {
+  constexpr int L = kLanes<T>;
+  const int64_t D = p.columns;
+  const A<T>* weight = (const A<T>*)p.weight;
+  const A<T>* bias = (const A<T>*)p.bias;
+  const A<T> alpha = A<T>(p.alpha), inverse = A<T>(1) / A<T>(D);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = (const T*)p.x + row * D;
+    T* y = (T*)p.y + row * D;
+    if (p.residual) {
+      const T* residual = (const T*)p.residual + row * D;
+      T* u = (T*)p.u + row * D;
+      strips<L>(D, [&](int64_t j, int n) {
+        put(u + j, get(x + j, n) + alpha * get(residual + j, n), n, false);
+      });
+      x = u;
+    }
+    A<T> mean = 0;
+    if (p.centred)
+      mean = row_sum<T>(D, [&](int64_t j, int n) { return get(x + j, n); }) * inverse;
+    A<T> square = row_sum<T>(D, [&](int64_t j, int n) {
+      AccVec<T> d = keep<T>(get(x + j, n) - mean, n);
+      return d * d;
+    });
+    const A<T> rstd = A<T>(1) / square_root(square * inverse + A<T>(p.eps));
+    const bool streaming = p.streaming && can_stream(y);
+    strips<L>(D, [&](int64_t j, int n) {
+      AccVec<T> v = (get(x + j, n) - mean) * rstd;
+      if (weight) v *= get(weight + j, n);
+      if (bias) v += get(bias + j, n);
+      put(y + j, v, n, streaming);
+    });
+    if (p.mean) ((A<T>*)p.mean)[row] = mean;
+    if (p.rstd) ((A<T>*)p.rstd)[row] = rstd;
+  }
+  if (p.streaming) stream_fence();
+}
+
+// R rows at once: their sums first (each row streams through L1), then one sweep over the columns in
+// which the weight gradient is read and written once for R rows.
+template <class T, int R>
+SOLERA_INLINE void backward_rows(const RowNormBackward& p, int64_t row, A<T>* dweight, A<T>* dbias) {
+  constexpr int L = kLanes<T>;
+  const int64_t D = p.columns;
+  const A<T>* weight = (const A<T>*)p.weight;
+  const A<T> inverse = A<T>(1) / A<T>(D);
+  const T *dy[R], *u[R], *direct[R];
+  T* dx[R];
+  A<T> mean[R], rstd[R], mean_h[R], mean_hn[R];
+  bool streaming = p.streaming;
+  for (int r = 0; r < R; ++r) {
+    dy[r] = (const T*)p.dy + (row + r) * D;
+    u[r] = (const T*)p.u + (row + r) * D;
+    direct[r] = p.du ? (const T*)p.du + (row + r) * D : nullptr;
+    dx[r] = p.dx ? (T*)p.dx + (row + r) * D : nullptr;
+    mean[r] = p.centred ? ((const A<T>*)p.mean)[row + r] : A<T>(0);
+    rstd[r] = ((const A<T>*)p.rstd)[row + r];
+    mean_h[r] = mean_hn[r] = 0;
+    streaming = streaming && can_stream(dx[r]);
+    if (!p.dx) continue;
+    AccVec<T> h0{}, h1{}, n0{}, n1{};
+    auto add = [&](int64_t j, int n, AccVec<T>& sum_h, AccVec<T>& sum_hn) {
+      AccVec<T> h = get(dy[r] + j, n);
+      if (weight) h *= get(weight + j, n);
+      if (p.centred) sum_h += h;
+      sum_hn += h * (get(u[r] + j, n) - mean[r]);
+    };
+    int64_t j = 0;
+    for (; j + 2 * L <= D; j += 2 * L) {
+      add(j, L, h0, n0);
+      add(j + L, L, h1, n1);
+    }
+    strips<L>(D - j, [&](int64_t k, int n) { add(j + k, n, h0, n0); });
+    mean_h[r] = lane_sum(h0 + h1) * inverse;
+    mean_hn[r] = lane_sum(n0 + n1) * rstd[r] * inverse;
+  }
+  strips<L>(D, [&](int64_t j, int n) {
+    AccVec<T> w = weight ? get(weight + j, n) : AccVec<T>{} + A<T>(1);
+    AccVec<T> dw{}, db{};
+    for (int r = 0; r < R; ++r) {
+      AccVec<T> g = get(dy[r] + j, n);
+      AccVec<T> normal = (get(u[r] + j, n) - mean[r]) * rstd[r];
+      dw += g * normal;
+      db += g;
+      if (p.dx) {
+        AccVec<T> v = (g * w - mean_h[r] - normal * mean_hn[r]) * rstd[r];
+        if (direct[r]) v += get(direct[r] + j, n);
+        put(dx[r] + j, v, n, streaming);
+      }
+    }
+    if (dweight) put(dweight + j, get(dweight + j, n) + dw, n, false);
+    if (dbias) put(dbias + j, get(dbias + j, n) + db, n, false);
+  });
+}
+
+template <class T>
+void backward(const RowNormBackward& p, int64_t first_chunk, int64_t last_chunk) {
+  const int64_t D = p.columns;
+  for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
+    A<T>* dweight = p.dweight ? (A<T>*)p.dweight + chunk * D : nullptr;
+    A<T>* dbias = p.dbias ? (A<T>*)p.dbias + chunk * D : nullptr;
+    if (dweight) memset((void*)dweight, 0, size_t(D) * sizeof(A<T>));
+    if (dbias) memset((void*)dbias, 0, size_t(D) * sizeof(A<T>));
+    int64_t row = chunk * kChunkRows;
+    const int64_t end = row + kChunkRows < p.rows ? row + kChunkRows : p.rows;
+    for (; row + 4 <= end; row += 4) backward_rows<T, 4>(p, row, dweight, dbias);
+    for (; row < end; ++row) backward_rows<T, 1>(p, row, dweight, dbias);
+  }
+  if (p.streaming) stream_fence();
+}
+
+// out[j] = sum over chunks of partial[chunk][j], in order, in double.
+template <class A>
+void sum_chunks(const void* partial, void* out, int64_t chunks, int64_t columns, int64_t begin,
+                int64_t end) {
+  constexpr int kBlock = 64;
+  for (int64_t j = begin; j < end; j += kBlock) {
+    const int n = int(end - j < kBlock ? end - j : kBlock);
+    double sum[kBlock] = {};
+    for (int64_t c = 0; c < chunks; ++c) {
+      const A* row = (const A*)partial + c * columns + j;
+      for (int i = 0; i < n; ++i) sum[i] += double(row[i]);
+    }
+    for (int i = 0; i < n; ++i) ((A*)out)[j + i] = A(sum[i]);
+  }
+}
+
+}  // namespace
+
+extern const RowNormTable row_norm_table;
+const RowNormTable row_norm_table = {
+    {forward<float>, forward<double>, forward<bf16>, forward<f16>},
+    {backward<float>, backward<double>, backward<bf16>, backward<f16>},
+    {sum_chunks<float>, sum_chunks<double>},
+};
+
+}  // namespace SOLERA_ISA
+}  // namespace solera
+
+#ifdef SOLERA_FRONT
+#include "../parallel.h"
+
+namespace solera {
+
+SOLERA_PICK(RowNormTable, row_norm_table)
+
+namespace {
+
+// weight or bias as a row of the accumulator type with `offset` added; no copy when it already is one.
+struct Row {
+  const void* data = nullptr;
+  Tensor owner;
+  Row(const OptTensor& t, const Tensor& like, double offset) {
+    if (!t.has_value()) return;
+    const ScalarType acc = accumulate_type(like);
+    owner = t->scalar_type() == acc ? dense(*t) : torch::stable::contiguous(torch::stable::to(*t, acc));
+    if (offset != 0) {
+      owner = torch::stable::clone(owner);
+      for (int64_t i = 0, n = owner.numel(); i < n; ++i) {
+        if (acc == ScalarType::Double)
+          static_cast<double*>(owner.mutable_data_ptr())[i] += offset;
+        else
+          static_cast<float*>(owner.mutable_data_ptr())[i] += float(offset);
+      }
+    }
+    data = owner.const_data_ptr();
+  }
+};
+
+// Outputs past this size do not fit the caches beside their inputs, and are stored past them.
+constexpr int64_t kStreamBytes = int64_t(16) << 20;
+
+struct Shape {
+  int64_t rows, columns, row_bytes;
+  bool streaming;
+  explicit Shape(const Tensor& x)
+      : rows(1), columns(x.size(-1)), row_bytes(x.size(-1) * x.element_size()) {
+    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+    streaming = rows * row_bytes >= kStreamBytes;
+  }
+};
+
+void run_forward(RowNormForward& p, const Tensor& x, const Shape& shape) {
+  const auto kernel = pick_row_norm_table().forward[dtype_of(x)];
+  if (shape.columns == 0) return;
+  parallel_for(0, shape.rows, grain_for(shape.row_bytes),
+               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+}
+
+Tensor row_norm(const Tensor& x_in, OptTensor weight, OptTensor bias, double eps,
+                double weight_offset, bool centred) {
+  const Tensor x = dense(x_in);
+  const Shape shape(x);
+  Tensor y = empty_like(x, sizes_of(x));
+  const Row w(weight, x, weight_offset), b(bias, x, 0);
+  RowNormForward p{x.const_data_ptr(), nullptr, w.data, b.data, y.mutable_data_ptr(), nullptr,
+                   nullptr, nullptr, shape.columns, eps, 0, centred, shape.streaming};
+  run_forward(p, x, shape);
+  return y;
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_stats(
+    const Tensor& x_in, OptTensor residual_in, OptTensor weight, OptTensor bias, double eps,
+    double residual_scale, double weight_offset, bool centred) {
+  const Tensor x = dense(x_in);
+  const Shape shape(x);
+  const ScalarType acc = accumulate_type(x);
+  const auto leading = [&] {
+    auto s = sizes_of(x);
+    s.pop_back();
+    return s;
+  }();
+  Tensor y = empty_like(x, sizes_of(x));
+  Tensor u = empty_like(x, residual_in.has_value() ? sizes_of(x) : std::vector<int64_t>{0});
+  Tensor mean = empty_like(x, centred ? leading : std::vector<int64_t>{0}, acc);
+  Tensor rstd = empty_like(x, leading, acc);
+  const Row w(weight, x, weight_offset), b(bias, x, 0);
+  Tensor residual;
+  if (residual_in.has_value()) residual = dense(*residual_in);
+  RowNormForward p{x.const_data_ptr(),
+                   residual_in.has_value() ? residual.const_data_ptr() : nullptr,
+                   w.data, b.data, y.mutable_data_ptr(), u.mutable_data_ptr(),
+                   centred ? mean.mutable_data_ptr() : nullptr, rstd.mutable_data_ptr(),
+                   shape.columns, eps, residual_scale, centred, shape.streaming};
+  run_forward(p, x, shape);
+  return {y, u, mean, rstd};
+}
+
+std::tuple<Tensor, Tensor, Tensor> row_norm_backward(
+    const Tensor& dy_in, OptTensor du_in, const Tensor& u_in, OptTensor weight, const Tensor& mean,
+    const Tensor& rstd, double weight_offset, bool centred, bool need_x, bool need_weight,
+    bool need_bias) {
+  const Tensor dy = dense(dy_in), u = dense(u_in);
+  const Shape shape(u);
+  const ScalarType acc = accumulate_type(u);
+  Tensor du;
+  if (du_in.has_value()) du = dense(*du_in);
+  const Row w(weight, u, weight_offset);
+  const int64_t chunks = (shape.rows + kChunkRows - 1) / kChunkRows;
+  const std::vector<int64_t> none{0}, one{shape.columns}, all{chunks, shape.columns};
+  Tensor dx = empty_like(u, need_x ? sizes_of(u) : none);
+  Tensor dweight = empty_like(u, need_weight ? one : none, acc);
+  Tensor dbias = empty_like(u, need_bias ? one : none, acc);
+  Tensor dweight_part = empty_like(u, need_weight ? all : none, acc);
+  Tensor dbias_part = empty_like(u, need_bias ? all : none, acc);
+  RowNormBackward p{dy.const_data_ptr(),
+                    du_in.has_value() ? du.const_data_ptr() : nullptr,
+                    u.const_data_ptr(), w.data, mean.const_data_ptr(), rstd.const_data_ptr(),
+                    need_x ? dx.mutable_data_ptr() : nullptr,
+                    need_weight ? dweight_part.mutable_data_ptr() : nullptr,
+                    need_bias ? dbias_part.mutable_data_ptr() : nullptr,
+                    shape.rows, shape.columns, centred, shape.streaming};
+  const auto& table = pick_row_norm_table();
+  const auto kernel = table.backward[dtype_of(u)];
+  if (shape.columns > 0)
+    parallel_for(0, chunks, grain_for(shape.row_bytes * kChunkRows),
+                 [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  const auto sum = table.sum_chunks[acc == ScalarType::Double];
+  const auto finish = [&](const Tensor& part, Tensor& out) {
+    parallel_for(0, shape.columns, grain_for(chunks * 4), [&](int64_t begin, int64_t end) {
+      sum(part.const_data_ptr(), out.mutable_data_ptr(), chunks, shape.columns, begin, end);
+    });
+  };
+  if (need_weight) finish(dweight_part, dweight);
+  if (need_bias) finish(dbias_part, dbias);
+  return {dx, dweight, dbias};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {
+  m.impl("row_norm", TORCH_BOX(&row_norm));
+  m.impl("row_norm_stats", TORCH_BOX(&row_norm_stats));
+  m.impl("row_norm_backward", TORCH_BOX(&row_norm_backward));
+}
+
+}  // namespace solera
+#endif  // SOLERA_FRONT

@@ -1,0 +1,74 @@
+"""Which implementation serves a call: the one place that decides.
+
+`solera.backend("reference")` or SOLERA_BACKEND=reference sends every op to its plain-torch reference, so
+that one line settles whether a kernel is at fault. SOLERA_BACKEND=triton (read at import) serves CPU
+tensors by the Triton launchers, for running them under TRITON_INTERPRET=1. Otherwise the dispatcher
+picks by device.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.autograd import forward_ad
+
+BACKENDS = ("auto", "reference")
+AT_IMPORT = os.environ.get("SOLERA_BACKEND", "auto") or "auto"
+if AT_IMPORT not in (*BACKENDS, "triton"):
+    raise ImportError(f"SOLERA_BACKEND must be auto, reference or triton, got {AT_IMPORT!r}")
+
+_forced_reference = AT_IMPORT == "reference"
+
+
+@contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Run every Solera op inside the block on one backend: "reference" (plain torch) or "auto".
+
+    >>> with solera.backend("reference"):
+    ...     y = solera.norm.rms_norm(x, weight)
+
+    The switch is global to the process, not to the thread.
+    """
+    global _forced_reference
+    if name not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {name!r}")
+    before = _forced_reference
+    _forced_reference = name == "reference"
+    try:
+        yield
+    finally:
+        _forced_reference = before
+
+
+def use_reference() -> bool:
+    """True where a call must be composed of plain torch ops.
+
+    Either the user asked for it, or a `torch.func` transform (grad, vmap, jvp) or forward-mode AD is
+    active: those differentiate or batch the reference itself, which they can do for every torch op,
+    instead of a kernel, which they would treat as a constant.
+    """
+    if _forced_reference:
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def needs_graph(*tensors: torch.Tensor | None) -> bool:
+    """True if the call has to record itself for backward."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
+    """The dtype autocast would give a matrix product on x's device, or None outside autocast."""
+    kind = x.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return None
