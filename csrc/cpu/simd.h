@@ -237,6 +237,19 @@ SOLERA_INLINE auto lane_max(V v) {
   return out;
 }
 
+// The product or sum as rounded on its own, not contracted into a fused multiply-add with what follows:
+// where the same value is subtracted from itself elsewhere, both must have been rounded alike.
+template <class V>
+SOLERA_INLINE V rounded(V v) {
+#if defined(__clang__)
+  return __arithmetic_fence(v);
+#elif __GNUC__ >= 12
+  return __builtin_assoc_barrier(v);
+#else
+  return v;
+#endif
+}
+
 SOLERA_INLINE float square_root(float x) { return __builtin_sqrtf(x); }
 SOLERA_INLINE double square_root(double x) { return __builtin_sqrt(x); }
 

@@ -1,7 +1,7 @@
 """Solera: fused kernels for ensembles, normalization, Sinkhorn iterations and weight interpolation."""
 
-from . import _ops, norm
+from . import _ops, nn, norm
 from ._route import backend
 
 __version__ = "0.1.0"
-__all__ = ["__version__", "backend", "norm"]
+__all__ = ["__version__", "backend", "nn", "norm"]

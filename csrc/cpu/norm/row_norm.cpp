@@ -159,7 +159,7 @@ SOLERA_INLINE void backward_rows(const RowNormBackward& p, int64_t row, A<T>* dw
     AccVec<T> h0{}, h1{}, n0{}, n1{};
     auto add = [&](int64_t j, int n, AccVec<T>& sum_h, AccVec<T>& sum_hn) {
       AccVec<T> h = get(dy[r] + j, n);
-      if (weight) h *= get(weight + j, n);
+      if (weight) h = rounded(h * get(weight + j, n));
       if (p.centred) sum_h += h;
       sum_hn += h * (get(u[r] + j, n) - mean[r]);
     };
@@ -181,7 +181,7 @@ SOLERA_INLINE void backward_rows(const RowNormBackward& p, int64_t row, A<T>* dw
       dw += g * normal;
       db += g;
       if (p.dx) {
-        AccVec<T> v = (g * w - mean_h[r] - normal * mean_hn[r]) * rstd[r];
+        AccVec<T> v = (rounded(g * w) - mean_h[r] - normal * mean_hn[r]) * rstd[r];
         if (direct[r]) v += get(direct[r] + j, n);
         put(dx[r] + j, v, n, streaming);
       }

@@ -1,0 +1,5 @@
+"""Modules: drop-ins with the argument names and state_dict keys of the modules they replace."""
+
+from .norm import LayerNorm, RMSNorm
+
+__all__ = ["LayerNorm", "RMSNorm"]

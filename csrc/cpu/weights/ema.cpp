@@ -1,0 +1,249 @@
+// Exponential moving average of weight lists, in place, with unbiased rounding for half averages.
+//
+//   avg <- avg + (1 - decay) (param - avg)          in float32 (float64 for float64 averages)
+//
+// Bytes an element: reads the average and the parameter, writes the average (6 for bfloat16 pairs, 12 for
+// float32). Stochastic rounding adds about one vector instruction an element: one Philox4x32-10 block
+// gives eight elements their 16 random bits, and the blocks of a vector of counters give eight vectors.
+// The product and the sum are rounded separately (no fused multiply-add), so that every backend and
+// instruction set gives the same bits.
+#if defined(__clang__)
+#pragma clang fp contract(off)
+#elif defined(__GNUC__)
+#pragma GCC optimize("fp-contract=off")
+#endif
+#include "../simd.h"
+
+namespace solera {
+
+enum EmaMode : int { kEmaNearest = 0, kEmaStochastic = 1 };
+
+struct EmaItem {
+  void* average;
+  const void* parameter;
+  double weight;  // 1 - decay; exactly 1 copies the parameter
+  int mode;
+  uint64_t seed;
+  uint32_t tensor, step;
+};
+
+struct EmaTable {
+  // Indexed by the dtypes of average and parameter. offset is a multiple of 1024.
+  void (*update[4][4])(const EmaItem&, int64_t offset, int64_t count);
+};
+
+namespace SOLERA_ISA {
+namespace {
+
+constexpr int kWords = SOLERA_VECTOR_BYTES / 4;
+
+// The low and high halves of a 32 x 32 bit product.
+struct EmaProduct {
+  vu low, high;
+};
+SOLERA_INLINE EmaProduct multiply(vu a, uint32_t m) {
+#if defined(__AVX512F__)
+  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(int(m));
+  const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
+  return {(vu)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)),
+          (vu)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)};
+#elif defined(__AVX2__)
+  const __m256i x = (__m256i)a, y = _mm256_set1_epi32(int(m));
+  const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
+  return {(vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa),
+          (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)};
+#else
+  EmaProduct out;
+  for (int i = 0; i < kWords; ++i) {
+    const uint64_t product = uint64_t(a[i]) * m;
+    out.low[i] = uint32_t(product);
+    out.high[i] = uint32_t(product >> 32);
+  }
+  return out;
+#endif
+}
+
+// Philox4x32-10 (Salmon et al., 2011) of a vector of counters whose first words are `first`.
+struct EmaRandom {
+  vu word[4];
+};
+SOLERA_INLINE EmaRandom philox(vu first, uint32_t second, uint32_t third, uint32_t fourth, uint64_t key) {
+  vu c0 = first, c1 = vu{} + second, c2 = vu{} + third, c3 = vu{} + fourth;
+  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const EmaProduct a = multiply(c0, 0xD2511F53u), b = multiply(c2, 0xCD9E8D57u);
+    c0 = b.high ^ c1 ^ k0;
+    c1 = b.low;
+    c2 = a.high ^ c3 ^ k1;
+    c3 = a.low;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// float32 to a half by adding random bits below its last place and truncating: the expected value is the
+// input. r holds 16 bits a lane. Infinities and NaN are kept; what passes the largest number is infinite.
+SOLERA_INLINE vh round_random(vf x, vu r, bf16) {
+  const vu u = bits_as<vu>(x);
+  const vu quiet = (u >> 16) | 0x40;
+  return __builtin_convertvector(x == x ? (u + r) >> 16 : quiet, vh);
+}
+SOLERA_INLINE vh round_random(vf x, vu r, f16) {
+  const vu u = bits_as<vu>(x), sign = u & 0x80000000u, size = u & 0x7fffffffu;
+  const vu normal = (size + (r >> 3)) & 0xffffe000u;
+  // Below 2^-14 the places are 2^-24 apart: floor(|x| 2^24 + r / 2^16), compared without rounding.
+  const vf scaled = bits_as<vf>(size < 0x38800000u ? size : vu{}) * 0x1p24f;
+  const vi whole = __builtin_convertvector(scaled, vi);
+  const vf floor = __builtin_convertvector(whole, vf);
+  const vf threshold = 1.0f - __builtin_convertvector((vi)r, vf) * 0x1p-16f;
+  const vf up = scaled - floor >= threshold ? splat(1.0f) : splat(0.0f);
+  const vu tiny = bits_as<vu>((floor + up) * 0x1p-24f);
+  vu rounded = size < 0x38800000u ? tiny : normal;
+  rounded = size >= 0x7f800000u ? size : rounded;
+  return narrow(bits_as<vf>(rounded | sign), f16{});
+}
+
+SOLERA_INLINE float ema_scalar(const float* p) { return *p; }
+SOLERA_INLINE double ema_scalar(const double* p) { return *p; }
+template <class H>
+SOLERA_INLINE float ema_scalar(const H* p) {
+  return widen_one(*p);
+}
+// n accumulators A from a parameter of any dtype.
+template <class A, class P>
+SOLERA_INLINE typename Vec<A>::type parameter_as(const P* p, int n) {
+  if constexpr (sizeof(typename Acc<P>::type) == sizeof(A)) {
+    return n == Vec<A>::lanes ? load(p) : load_n(p, n);
+  } else {
+    A lane[Vec<A>::lanes] = {};
+    for (int i = 0; i < n; ++i) lane[i] = A(ema_scalar(p + i));
+    return load(lane);
+  }
+}
+
+template <class T, class P>
+SOLERA_INLINE AccVec<T> averaged(const T* average, const P* parameter, typename Acc<T>::type weight, int n) {
+  const AccVec<T> p = parameter_as<typename Acc<T>::type>(parameter, n);
+  if (weight == 1) return p;
+  const AccVec<T> a = n == kLanes<T> ? load(average) : load_n(average, n);
+  return a + weight * (p - a);
+}
+
+template <class T, class P>
+void update_nearest(T* average, const P* parameter, typename Acc<T>::type weight, int64_t n) {
+  constexpr int L = kLanes<T>;
+  int64_t j = 0;
+  for (; j + L <= n; j += L) store(average + j, averaged(average + j, parameter + j, weight, L));
+  if (j < n) store_n(average + j, averaged(average + j, parameter + j, weight, int(n - j)), int(n - j));
+}
+
+// Chunks of 1024: the blocks of 128 lanes serve eight slots of 128 elements.
+template <class T, class P>
+void update_stochastic(const EmaItem& item, T* average, const P* parameter, float weight, int64_t offset,
+                       int64_t count) {
+  vu lane;
+  for (int i = 0; i < kWords; ++i) lane[i] = uint32_t(i);
+  for (int64_t begin = offset; begin < offset + count; begin += 1024) {
+    const uint64_t block = uint64_t(begin / 1024) * 128;
+    const int64_t left = offset + count - begin;
+    for (int64_t first = 0; first < 128 && first < left; first += kWords) {
+      const EmaRandom random = philox(lane + (uint32_t(block) + uint32_t(first)), uint32_t(block >> 32),
+                                      item.tensor, item.step, item.seed);
+      for (int slot = 0; slot < 8; ++slot) {
+        const int64_t inside = slot * 128 + first;
+        const int n = int(left - inside < kWords ? left - inside : kWords);
+        if (n <= 0) break;
+        const vu word = random.word[slot / 2];
+        const vu r = slot % 2 == 0 ? word & 0xffffu : word >> 16;
+        T* a = average + begin + inside;
+        const vh half = round_random(averaged(a, parameter + begin + inside, weight, n), r, T{});
+        if (n == kWords)
+          memcpy((void*)a, &half, sizeof half);
+        else
+          memcpy((void*)a, &half, size_t(n) * sizeof(T));
+      }
+    }
+  }
+}
+
+template <class T, class P>
+void update(const EmaItem& item, int64_t offset, int64_t count) {
+  typedef typename Acc<T>::type A;
+  T* average = (T*)item.average;
+  const P* parameter = (const P*)item.parameter;
+  if constexpr (sizeof(T) == 2) {
+    if (item.mode == kEmaStochastic)
+      return update_stochastic(item, average, parameter, A(item.weight), offset, count);
+  }
+  update_nearest(average + offset, parameter + offset, A(item.weight), count);
+}
+
+}  // namespace
+
+extern const EmaTable ema_table;
+const EmaTable ema_table = {{
+    {update<float, float>, update<float, double>, update<float, bf16>, update<float, f16>},
+    {update<double, float>, update<double, double>, update<double, bf16>, update<double, f16>},
+    {update<bf16, float>, update<bf16, double>, update<bf16, bf16>, update<bf16, f16>},
+    {update<f16, float>, update<f16, double>, update<f16, bf16>, update<f16, f16>},
+}};
+
+}  // namespace SOLERA_ISA
+}  // namespace solera
+
+#ifdef SOLERA_FRONT
+#include "tensor_lists.h"
+
+namespace solera {
+
+SOLERA_PICK(EmaTable, ema_table)
+
+namespace {
+
+void ema_(const std::vector<Tensor>& averages, const std::vector<Tensor>& parameters, double decay,
+          OptTensor seed) {
+  STD_TORCH_CHECK(averages.size() == parameters.size(), "ema_: expected as many parameters as averages (",
+                  averages.size(), "), got ", parameters.size());
+  EmaItem common{nullptr, nullptr, 1 - decay, kEmaNearest, 0, 0, 0};
+  if (seed.has_value()) {
+    const int64_t* state = static_cast<const int64_t*>(seed->const_data_ptr());
+    common.mode = kEmaStochastic;
+    common.seed = uint64_t(state[0]);
+    common.step = uint32_t(state[1]);
+  }
+  const auto& table = pick_ema_table();
+  TensorChunks chunks;
+  std::vector<EmaItem> items;
+  std::vector<decltype(&table.update[0][0])> kernels;
+  std::vector<Tensor> owners, targets;
+  std::vector<std::pair<size_t, Tensor>> strided;
+  for (size_t l = 0; l < averages.size(); ++l) {
+    const Tensor& a = averages[l];
+    EmaItem item = common;
+    item.tensor = uint32_t(l);
+    if (a.is_contiguous()) {
+      item.average = a.mutable_data_ptr();
+    } else {
+      strided.emplace_back(l, torch::stable::contiguous(a));
+      item.average = strided.back().second.mutable_data_ptr();
+    }
+    owners.push_back(dense(parameters[l]));
+    item.parameter = owners.back().const_data_ptr();
+    kernels.push_back(&table.update[dtype_of(a)][dtype_of(parameters[l])]);
+    items.push_back(item);
+    chunks.add(a.numel());
+  }
+  chunks.parallel(kListChunk * 8, [&](size_t l, int64_t offset, int64_t count, int64_t) {
+    (*kernels[l])(items[l], offset, count);
+  });
+  for (const auto& [l, computed] : strided)
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(averages[l].get(), computed.get(), 0));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) { m.impl("ema_", TORCH_BOX(&ema_)); }
+
+}  // namespace solera
+#endif  // SOLERA_FRONT

@@ -1,0 +1,58 @@
+// Lists of tensors walked as one range of chunks, so that a thousand small tensors cost one parallel
+// region. Included only under SOLERA_FRONT.
+#pragma once
+
+#include "../parallel.h"
+
+namespace solera {
+
+// A chunk is a fixed number of elements counted from its tensor's start: what is computed for it does
+// not depend on the other tensors of the list or on the thread count.
+constexpr int64_t kListChunk = 16384;
+
+class TensorChunks {
+ public:
+  void add(int64_t elements) {
+    sizes_.push_back(elements);
+    first_.push_back(first_.back() + (elements + kListChunk - 1) / kListChunk);
+  }
+  int64_t total() const { return first_.back(); }
+  int64_t first(size_t tensor) const { return first_[tensor]; }
+
+  // Calls body(tensor, offset, count, chunk) for every chunk in [begin, end).
+  template <class F>
+  void each(int64_t begin, int64_t end, const F& body) const {
+    size_t low = 0, high = sizes_.size();  // the last tensor that starts at or before `begin`
+    while (high - low > 1) {
+      const size_t middle = (low + high) / 2;
+      (first_[middle] <= begin ? low : high) = middle;
+    }
+    for (size_t tensor = low; begin < end; ++begin) {
+      while (begin >= first_[tensor + 1]) ++tensor;
+      const int64_t offset = (begin - first_[tensor]) * kListChunk;
+      const int64_t left = sizes_[tensor] - offset;
+      body(tensor, offset, left < kListChunk ? left : kListChunk, begin);
+    }
+  }
+
+  // The same over all chunks, in parallel; bytes is what one full chunk touches.
+  template <class F>
+  void parallel(int64_t bytes, const F& body) const {
+    parallel_for(0, total(), grain(bytes),
+                 [&](int64_t begin, int64_t end) { each(begin, end, body); });
+  }
+
+ private:
+  // Small tensors make small chunks: as many of them a task as come to 64 KiB.
+  int64_t grain(int64_t bytes) const {
+    int64_t elements = 0;
+    for (int64_t n : sizes_) elements += n;
+    const double mean = double(bytes) * double(elements) / (double(kListChunk) * double(total() + 1));
+    return mean >= 65536 ? 1 : 1 + int64_t(65536 / (mean + 1));
+  }
+
+  std::vector<int64_t> sizes_;
+  std::vector<int64_t> first_{0};
+};
+
+}  // namespace solera
