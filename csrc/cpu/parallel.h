@@ -96,26 +96,31 @@ inline ScalarType accumulate_type(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
+using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
+
 // t itself if its elements lie in order without gaps, else a copy that does.
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
 // A new contiguous CPU tensor: torch's allocator without the dispatcher, a quarter of new_empty's price.
 // SOLERA_POISON=1 fills it with NaN, so that an element nobody writes shows (the test suite sets it).
-inline Tensor empty_like(const Tensor& t, const std::vector<int64_t>& sizes,
-                         std::optional<ScalarType> dtype = std::nullopt) {
+inline Tensor empty_like(const Tensor& t, Sizes sizes, std::optional<ScalarType> dtype = std::nullopt) {
   static const bool poison = std::getenv("SOLERA_POISON") != nullptr;
-  std::vector<int64_t> strides(sizes.size());
-  int64_t step = 1;
+  constexpr size_t kMaxDims = 64;  // torch's own limit
+  STD_TORCH_CHECK(sizes.size() <= kMaxDims, "solera: too many dimensions");
+  int64_t strides[kMaxDims], step = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;
     step *= sizes[i] > 1 ? sizes[i] : 1;
   }
-  const int32_t code = torch::stable::detail::to<int32_t>(
-      torch::stable::detail::from(dtype.value_or(t.scalar_type())));
+  int32_t code;
+  if (dtype.has_value())
+    code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(*dtype));
+  else
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
   AtenTensorHandle handle = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides.data(), code, aoti_torch_device_type_cpu(), 0, &handle));
+      int64_t(sizes.size()), sizes.data(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
   if (poison) std::memset(out.mutable_data_ptr(), 0xff, size_t(out.numel()) * out.element_size());
   return out;

@@ -91,14 +91,34 @@ SOLERA_INLINE To bits_as(From x) {
 
 // ---- half-precision conversion: round to nearest even, NaN stays NaN ----
 
-SOLERA_INLINE vf widen(vh h, bf16) {
-  return bits_as<vf>(__builtin_convertvector(h, vu) << 16);
+// GCC 12 converts vectors of 16-bit lanes half by half, hence the intrinsics.
+SOLERA_INLINE vu extend(vh h) {
+#if defined(__AVX512F__)
+  return (vu)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (vu)_mm256_cvtepu16_epi32((__m128i)h);
+#else
+  return __builtin_convertvector(h, vu);
+#endif
 }
+// The low halves of lanes that are all below 2^16.
+SOLERA_INLINE vh truncate(vu u) {
+#if defined(__AVX512F__)
+  return (vh)_mm512_cvtepi32_epi16((__m512i)u);
+#elif defined(__AVX2__)
+  return (vh)_mm256_castsi256_si128(
+      _mm256_permute4x64_epi64(_mm256_packus_epi32((__m256i)u, (__m256i)u), 0x08));
+#else
+  return __builtin_convertvector(u, vh);
+#endif
+}
+
+SOLERA_INLINE vf widen(vh h, bf16) { return bits_as<vf>(extend(h) << 16); }
 SOLERA_INLINE vh narrow(vf x, bf16) {
   vu u = bits_as<vu>(x);
   vu rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;
   vu quiet = (u >> 16) | 0x40;
-  return __builtin_convertvector(x == x ? rounded : quiet, vh);
+  return truncate(x == x ? rounded : quiet);
 }
 
 SOLERA_INLINE float widen_one(bf16 h) { return bits_as<float>(uint32_t(h.bits) << 16); }
@@ -238,16 +258,31 @@ SOLERA_INLINE auto lane_max(V v) {
 }
 
 // The product or sum as rounded on its own, not contracted into a fused multiply-add with what follows:
-// where the same value is subtracted from itself elsewhere, both must have been rounded alike.
+// where the same value is subtracted from itself elsewhere, both must have been rounded alike. (An empty
+// asm statement; __builtin_assoc_barrier does the same but takes vectors apart lane by lane in GCC 12.)
 template <class V>
 SOLERA_INLINE V rounded(V v) {
-#if defined(__clang__)
-  return __arithmetic_fence(v);
-#elif __GNUC__ >= 12
-  return __builtin_assoc_barrier(v);
-#else
-  return v;
+#if defined(__AVX512F__)
+  __asm__("" : "+v"(v));
+#elif defined(__x86_64__)
+  __asm__("" : "+x"(v));
+#elif defined(__aarch64__)
+  __asm__("" : "+w"(v));
 #endif
+  return v;
+}
+
+// Calls f(Flag<true>{}) or f(Flag<false>{}): a loop's branch on something fixed, taken outside the loop.
+template <bool B>
+struct Flag {
+  static constexpr bool value = B;
+};
+template <class F>
+SOLERA_INLINE void with_flag(bool b, const F& f) {
+  if (b)
+    f(Flag<true>{});
+  else
+    f(Flag<false>{});
 }
 
 SOLERA_INLINE float square_root(float x) { return __builtin_sqrtf(x); }

@@ -71,7 +71,8 @@ def number(name: str, value: object, *, low: float = -math.inf, high: float = ma
         result = float(value)  # type: ignore[arg-type]
     except (TypeError, ValueError):
         raise TypeError(f"{name}: expected a number, got {_came(value)}") from None
-    if not math.isfinite(result) or not low <= result <= high:
+    # Comparisons instead of math.isfinite: a number that torch.compile made symbolic passes through them.
+    if not (-math.inf < result < math.inf and low <= result <= high):
         bounds = f" in [{low:g}, {high:g}]" if (low, high) != (-math.inf, math.inf) else ""
         raise ValueError(f"{name}: expected a finite number{bounds}, got {value!r}")
     return result

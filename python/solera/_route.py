@@ -50,11 +50,11 @@ def use_reference() -> bool:
     active: those differentiate or batch the reference itself, which they can do for every torch op,
     instead of a kernel, which they would treat as a constant.
     """
-    if _forced_reference:
-        return True
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return (
+        _forced_reference
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def needs_graph(*tensors: torch.Tensor | None) -> bool:

@@ -419,6 +419,8 @@ BAD = [
     (lambda f: f(X, residual=X, residual_scale=float("nan")), ValueError, "residual_scale: expected"),
     (lambda f: f(X, residual_scale=2.0), ValueError, "residual_scale: 2.0 was given without"),
     (lambda f: f(X, eps="small"), TypeError, "eps: expected a number"),
+    (lambda f: f(X, eps=-1.0), ValueError, r"eps: expected a finite number in \[0, inf\]"),
+    (lambda f: f(X, eps=float("nan")), ValueError, "eps: expected a finite number"),
     (lambda f: f(X, weight_offset=float("inf")), ValueError, "weight_offset: expected a finite"),
 ]
 

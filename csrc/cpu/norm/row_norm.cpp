@@ -28,7 +28,7 @@ struct RowNormForward {
 };
 struct RowNormBackward {
   const void *dy, *du, *u;   // du (what flows into u directly) may be null
-  const void *weight, *mean, *rstd;
+  const void *weight, *mean, *rstd;  // weight is never null here: ones where there is none
   void *dx;                  // may be null
   void *dweight, *dbias;     // in A, one row of D per chunk; may be null
   int64_t rows, columns;
@@ -122,11 +122,15 @@ void forward(const RowNormForward& p, int64_t begin, int64_t end) {
     });
     const A<T> rstd = A<T>(1) / square_root(square * inverse + A<T>(p.eps));
     const bool streaming = p.streaming && can_stream(y);
-    strips<L>(D, [&](int64_t j, int n) {
-      AccVec<T> v = (get(x + j, n) - mean) * rstd;
-      if (weight) v *= get(weight + j, n);
-      if (bias) v += get(bias + j, n);
-      put(y + j, v, n, streaming);
+    with_flag(weight != nullptr, [&](auto has_weight) {
+      with_flag(bias != nullptr, [&](auto has_bias) {
+        strips<L>(D, [&](int64_t j, int n) {
+          AccVec<T> v = (get(x + j, n) - mean) * rstd;
+          if (has_weight.value) v *= get(weight + j, n);
+          if (has_bias.value) v += get(bias + j, n);
+          put(y + j, v, n, streaming);
+        });
+      });
     });
     if (p.mean) ((A<T>*)p.mean)[row] = mean;
     if (p.rstd) ((A<T>*)p.rstd)[row] = rstd;
@@ -136,7 +140,7 @@ void forward(const RowNormForward& p, int64_t begin, int64_t end) {
 
 // R rows at once: their sums first (each row streams through L1), then one sweep over the columns in
 // which the weight gradient is read and written once for R rows.
-template <class T, int R>
+template <class T, int R, bool kDx, bool kDirect, bool kCentred>
 SOLERA_INLINE void backward_rows(const RowNormBackward& p, int64_t row, A<T>* dweight, A<T>* dbias) {
   constexpr int L = kLanes<T>;
   const int64_t D = p.columns;
@@ -147,20 +151,20 @@ SOLERA_INLINE void backward_rows(const RowNormBackward& p, int64_t row, A<T>* dw
   A<T> mean[R], rstd[R], mean_h[R], mean_hn[R];
   bool streaming = p.streaming;
   for (int r = 0; r < R; ++r) {
-    dy[r] = (const T*)p.dy + (row + r) * D;
-    u[r] = (const T*)p.u + (row + r) * D;
-    direct[r] = p.du ? (const T*)p.du + (row + r) * D : nullptr;
-    dx[r] = p.dx ? (T*)p.dx + (row + r) * D : nullptr;
-    mean[r] = p.centred ? ((const A<T>*)p.mean)[row + r] : A<T>(0);
+    const int64_t at = (row + r) * D;
+    dy[r] = (const T*)p.dy + at;
+    u[r] = (const T*)p.u + at;
+    direct[r] = kDirect ? (const T*)p.du + at : nullptr;
+    dx[r] = kDx ? (T*)p.dx + at : nullptr;
+    mean[r] = kCentred ? ((const A<T>*)p.mean)[row + r] : A<T>(0);
     rstd[r] = ((const A<T>*)p.rstd)[row + r];
     mean_h[r] = mean_hn[r] = 0;
     streaming = streaming && can_stream(dx[r]);
-    if (!p.dx) continue;
+    if (!kDx) continue;
     AccVec<T> h0{}, h1{}, n0{}, n1{};
     auto add = [&](int64_t j, int n, AccVec<T>& sum_h, AccVec<T>& sum_hn) {
-      AccVec<T> h = get(dy[r] + j, n);
-      if (weight) h = rounded(h * get(weight + j, n));
-      if (p.centred) sum_h += h;
+      AccVec<T> h = rounded(get(dy[r] + j, n) * get(weight + j, n));
+      if (kCentred) sum_h += h;
       sum_hn += h * (get(u[r] + j, n) - mean[r]);
     };
     int64_t j = 0;
@@ -172,27 +176,44 @@ SOLERA_INLINE void backward_rows(const RowNormBackward& p, int64_t row, A<T>* dw
     mean_h[r] = lane_sum(h0 + h1) * inverse;
     mean_hn[r] = lane_sum(n0 + n1) * rstd[r] * inverse;
   }
-  strips<L>(D, [&](int64_t j, int n) {
-    AccVec<T> w = weight ? get(weight + j, n) : AccVec<T>{} + A<T>(1);
-    AccVec<T> dw{}, db{};
+  // A cache line of every row at a time: rows of a power-of-two length share one L1 set, and the 3R + 2
+  // streams would evict a half-used line before its other half is read.
+  constexpr int V = sizeof(T) == 2 ? 2 : 1;
+  auto columns = [&](int64_t j, int n, auto vectors) {
+    constexpr int N = decltype(vectors)::value ? V : 1;
+    AccVec<T> w[N], dw[N] = {}, db[N] = {};
+    for (int k = 0; k < N; ++k) w[k] = get(weight + j + k * L, n);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-      AccVec<T> g = get(dy[r] + j, n);
-      AccVec<T> normal = (get(u[r] + j, n) - mean[r]) * rstd[r];
-      dw += g * normal;
-      db += g;
-      if (p.dx) {
-        AccVec<T> v = (rounded(g * w) - mean_h[r] - normal * mean_hn[r]) * rstd[r];
-        if (direct[r]) v += get(direct[r] + j, n);
-        put(dx[r] + j, v, n, streaming);
+#pragma GCC unroll 2
+      for (int k = 0; k < N; ++k) {
+        const int64_t at = j + k * L;
+        AccVec<T> g = get(dy[r] + at, n);
+        AccVec<T> normal = (get(u[r] + at, n) - mean[r]) * rstd[r];
+        dw[k] += g * normal;
+        db[k] += g;
+        if (kDx) {
+          AccVec<T> v = rounded(g * w[k]);
+          if (kCentred) v -= mean_h[r];
+          v = (v - normal * mean_hn[r]) * rstd[r];
+          if (kDirect) v += get(direct[r] + at, n);
+          put(dx[r] + at, v, n, streaming);
+        }
       }
     }
-    if (dweight) put(dweight + j, get(dweight + j, n) + dw, n, false);
-    if (dbias) put(dbias + j, get(dbias + j, n) + db, n, false);
-  });
+    for (int k = 0; k < N; ++k) {
+      const int64_t at = j + k * L;
+      if (dweight) put(dweight + at, get(dweight + at, n) + dw[k], n, false);
+      if (dbias) put(dbias + at, get(dbias + at, n) + db[k], n, false);
+    }
+  };
+  int64_t j = 0;
+  for (; j + V * L <= D; j += V * L) columns(j, L, Flag<true>{});
+  strips<L>(D - j, [&](int64_t k, int n) { columns(j + k, n, Flag<false>{}); });
 }
 
-template <class T>
-void backward(const RowNormBackward& p, int64_t first_chunk, int64_t last_chunk) {
+template <class T, bool kDx, bool kDirect, bool kCentred>
+void backward_chunks(const RowNormBackward& p, int64_t first_chunk, int64_t last_chunk) {
   const int64_t D = p.columns;
   for (int64_t chunk = first_chunk; chunk < last_chunk; ++chunk) {
     A<T>* dweight = p.dweight ? (A<T>*)p.dweight + chunk * D : nullptr;
@@ -201,10 +222,23 @@ void backward(const RowNormBackward& p, int64_t first_chunk, int64_t last_chunk)
     if (dbias) memset((void*)dbias, 0, size_t(D) * sizeof(A<T>));
     int64_t row = chunk * kChunkRows;
     const int64_t end = row + kChunkRows < p.rows ? row + kChunkRows : p.rows;
-    for (; row + 4 <= end; row += 4) backward_rows<T, 4>(p, row, dweight, dbias);
-    for (; row < end; ++row) backward_rows<T, 1>(p, row, dweight, dbias);
+    for (; row + 4 <= end; row += 4)
+      backward_rows<T, 4, kDx, kDirect, kCentred>(p, row, dweight, dbias);
+    for (; row < end; ++row) backward_rows<T, 1, kDx, kDirect, kCentred>(p, row, dweight, dbias);
   }
   if (p.streaming) stream_fence();
+}
+
+template <class T>
+void backward(const RowNormBackward& p, int64_t first_chunk, int64_t last_chunk) {
+  with_flag(p.dx != nullptr, [&](auto dx) {
+    with_flag(dx.value && p.du != nullptr, [&](auto direct) {
+      with_flag(p.centred, [&](auto centred) {
+        constexpr bool kDx = decltype(dx)::value, kDirect = decltype(direct)::value;
+        backward_chunks<T, kDx, kDx && kDirect, decltype(centred)::value>(p, first_chunk, last_chunk);
+      });
+    });
+  });
 }
 
 // out[j] = sum over chunks of partial[chunk][j], in order, in double.
@@ -247,21 +281,23 @@ namespace {
 // weight or bias as a row of the accumulator type with `offset` added; no copy when it already is one.
 struct Row {
   const void* data = nullptr;
-  Tensor owner;
-  Row(const OptTensor& t, const Tensor& like, double offset) {
+  std::optional<Tensor> copy;
+  Row(const OptTensor& t, ScalarType acc, double offset) {
     if (!t.has_value()) return;
-    const ScalarType acc = accumulate_type(like);
-    owner = t->scalar_type() == acc ? dense(*t) : torch::stable::contiguous(torch::stable::to(*t, acc));
-    if (offset != 0) {
-      owner = torch::stable::clone(owner);
-      for (int64_t i = 0, n = owner.numel(); i < n; ++i) {
-        if (acc == ScalarType::Double)
-          static_cast<double*>(owner.mutable_data_ptr())[i] += offset;
-        else
-          static_cast<float*>(owner.mutable_data_ptr())[i] += float(offset);
-      }
+    const bool ready = t->scalar_type() == acc && t->is_contiguous();
+    if (ready && offset == 0) {
+      data = t->const_data_ptr();
+      return;
     }
-    data = owner.const_data_ptr();
+    copy = ready ? torch::stable::clone(*t) : dense(torch::stable::to(*t, acc));
+    if (offset != 0 && copy->const_data_ptr() == t->const_data_ptr()) copy = torch::stable::clone(*copy);
+    for (int64_t i = 0, n = offset == 0 ? 0 : copy->numel(); i < n; ++i) {
+      if (acc == ScalarType::Double)
+        static_cast<double*>(copy->mutable_data_ptr())[i] += offset;
+      else
+        static_cast<float*>(copy->mutable_data_ptr())[i] += float(offset);
+    }
+    data = copy->const_data_ptr();
   }
 };
 
@@ -269,17 +305,22 @@ struct Row {
 constexpr int64_t kStreamBytes = int64_t(16) << 20;
 
 struct Shape {
-  int64_t rows, columns, row_bytes;
+  Sizes sizes;
+  Dtype dtype;
+  ScalarType acc;
+  int64_t rows = 1, columns, row_bytes;
   bool streaming;
-  explicit Shape(const Tensor& x)
-      : rows(1), columns(x.size(-1)), row_bytes(x.size(-1) * x.element_size()) {
-    for (int64_t i = 0; i + 1 < x.dim(); ++i) rows *= x.size(i);
+  explicit Shape(const Tensor& x) : sizes(x.sizes()), dtype(dtype_of(x)) {
+    acc = dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
+    columns = sizes[sizes.size() - 1];
+    row_bytes = columns * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
+    for (size_t i = 0; i + 1 < sizes.size(); ++i) rows *= sizes[i];
     streaming = rows * row_bytes >= kStreamBytes;
   }
 };
 
-void run_forward(RowNormForward& p, const Tensor& x, const Shape& shape) {
-  const auto kernel = pick_row_norm_table().forward[dtype_of(x)];
+void run_forward(RowNormForward& p, const Shape& shape) {
+  const auto kernel = pick_row_norm_table().forward[shape.dtype];
   if (shape.columns == 0) return;
   parallel_for(0, shape.rows, grain_for(shape.row_bytes),
                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -289,11 +330,11 @@ Tensor row_norm(const Tensor& x_in, OptTensor weight, OptTensor bias, double eps
                 double weight_offset, bool centred) {
   const Tensor x = dense(x_in);
   const Shape shape(x);
-  Tensor y = empty_like(x, sizes_of(x));
-  const Row w(weight, x, weight_offset), b(bias, x, 0);
+  Tensor y = empty_like(x, shape.sizes);
+  const Row w(weight, shape.acc, weight_offset), b(bias, shape.acc, 0);
   RowNormForward p{x.const_data_ptr(), nullptr, w.data, b.data, y.mutable_data_ptr(), nullptr,
                    nullptr, nullptr, shape.columns, eps, 0, centred, shape.streaming};
-  run_forward(p, x, shape);
+  run_forward(p, shape);
   return y;
 }
 
@@ -302,17 +343,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_stats(
     double residual_scale, double weight_offset, bool centred) {
   const Tensor x = dense(x_in);
   const Shape shape(x);
-  const ScalarType acc = accumulate_type(x);
-  const auto leading = [&] {
-    auto s = sizes_of(x);
-    s.pop_back();
-    return s;
-  }();
-  Tensor y = empty_like(x, sizes_of(x));
-  Tensor u = empty_like(x, residual_in.has_value() ? sizes_of(x) : std::vector<int64_t>{0});
-  Tensor mean = empty_like(x, centred ? leading : std::vector<int64_t>{0}, acc);
-  Tensor rstd = empty_like(x, leading, acc);
-  const Row w(weight, x, weight_offset), b(bias, x, 0);
+  const int64_t zero[] = {0};
+  const Sizes none(zero, 1), leading(shape.sizes.data(), shape.sizes.size() - 1);
+  Tensor y = empty_like(x, shape.sizes);
+  Tensor u = empty_like(x, residual_in.has_value() ? shape.sizes : none);
+  Tensor mean = empty_like(x, centred ? leading : none, shape.acc);
+  Tensor rstd = empty_like(x, leading, shape.acc);
+  const Row w(weight, shape.acc, weight_offset), b(bias, shape.acc, 0);
   Tensor residual;
   if (residual_in.has_value()) residual = dense(*residual_in);
   RowNormForward p{x.const_data_ptr(),
@@ -320,7 +357,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_stats(
                    w.data, b.data, y.mutable_data_ptr(), u.mutable_data_ptr(),
                    centred ? mean.mutable_data_ptr() : nullptr, rstd.mutable_data_ptr(),
                    shape.columns, eps, residual_scale, centred, shape.streaming};
-  run_forward(p, x, shape);
+  run_forward(p, shape);
   return {y, u, mean, rstd};
 }
 
@@ -330,13 +367,20 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_backward(
     bool need_bias) {
   const Tensor dy = dense(dy_in), u = dense(u_in);
   const Shape shape(u);
-  const ScalarType acc = accumulate_type(u);
+  const ScalarType acc = shape.acc;
   Tensor du;
   if (du_in.has_value()) du = dense(*du_in);
-  const Row w(weight, u, weight_offset);
+  if (!weight.has_value()) {
+    const int64_t width[] = {shape.columns};
+    weight = empty_like(u, Sizes(width, 1), acc);
+    torch::stable::fill_(*weight, 1.0);
+    weight_offset = 0;
+  }
+  const Row w(weight, acc, weight_offset);
   const int64_t chunks = (shape.rows + kChunkRows - 1) / kChunkRows;
-  const std::vector<int64_t> none{0}, one{shape.columns}, all{chunks, shape.columns};
-  Tensor dx = empty_like(u, need_x ? sizes_of(u) : none);
+  const int64_t zero[] = {0}, part[] = {chunks, shape.columns};
+  const Sizes none(zero, 1), one(part + 1, 1), all(part, 2);
+  Tensor dx = empty_like(u, need_x ? shape.sizes : none);
   Tensor dweight = empty_like(u, need_weight ? one : none, acc);
   Tensor dbias = empty_like(u, need_bias ? one : none, acc);
   Tensor dweight_part = empty_like(u, need_weight ? all : none, acc);
@@ -349,7 +393,7 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_backward(
                     need_bias ? dbias_part.mutable_data_ptr() : nullptr,
                     shape.rows, shape.columns, centred, shape.streaming};
   const auto& table = pick_row_norm_table();
-  const auto kernel = table.backward[dtype_of(u)];
+  const auto kernel = table.backward[shape.dtype];
   if (shape.columns > 0)
     parallel_for(0, chunks, grain_for(shape.row_bytes * kChunkRows),
                  [&](int64_t begin, int64_t end) { kernel(p, begin, end); });

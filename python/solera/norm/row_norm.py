@@ -148,41 +148,54 @@ class _RowNorm(torch.autograd.Function):
 # ---- public functions --------------------------------------------------------------------------------
 
 
+def _is_plain(x, weight, bias, eps) -> bool:
+    """The commonest call, accepted at a third of the full checks' price: CPU, one dtype, (D,) parameters."""
+    if not (type(x) is Tensor and x.is_cpu and x.dim() > 0 and type(eps) is float):
+        return False
+    dtype, width = x.dtype, x.size(-1)
+    if dtype not in _check.FLOATS or not 0.0 <= eps < 1e300:
+        return False
+    for p in (weight, bias):
+        if p is not None and not (
+            isinstance(p, Tensor) and p.is_cpu and p.dtype is dtype and p.dim() == 1 and p.size(0) == width
+        ):
+            return False
+    return True
+
+
 def _row_norm_public(x, residual, weight, bias, eps, residual_scale, weight_offset, centred):
-    _check.tensor("x", x, min_dim=1)
-    width = x.shape[-1:]
-    if weight is not None:
-        _check.like("weight", weight, width, x)
-    if bias is not None:
-        _check.like("bias", bias, width, x)
-    if type(eps) is not float:
-        eps = _check.number("eps", eps)
-    if weight_offset != 0.0:
+    if residual is None and residual_scale == 1.0 and weight_offset == 0.0 and _is_plain(x, weight, bias, eps):
+        if not use_reference() and not needs_graph(x, weight, bias):
+            return _op.row_norm(x, weight, bias, eps, 0.0, centred)
+    else:
+        _check.tensor("x", x, min_dim=1)
+        width = x.shape[-1:]
+        if weight is not None:
+            _check.like("weight", weight, width, x)
+        if bias is not None:
+            _check.like("bias", bias, width, x)
+        eps = _check.number("eps", eps, low=0.0)
         weight_offset = _check.number("weight_offset", weight_offset)
-    if residual is not None:
-        _check.like("residual", residual, x.shape, x)
-        _check.same_dtype("residual", residual, x)
         residual_scale = _check.number("residual_scale", residual_scale)
-    elif residual_scale != 1.0:
-        raise ValueError(f"residual_scale: {residual_scale!r} was given without a residual")
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        # As torch's own norms on CUDA: float32 in and out. On the CPU autocast leaves norms alone.
-        x = x if x.dtype == torch.float64 else x.float()
-        residual = None if residual is None else residual.to(x.dtype)
+        if residual is not None:
+            _check.like("residual", residual, x.shape, x)
+            _check.same_dtype("residual", residual, x)
+        elif residual_scale != 1.0:
+            raise ValueError(f"residual_scale: {residual_scale!r} was given without a residual")
+        if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+            # As torch's own norms on CUDA: float32 in and out. On the CPU autocast leaves norms alone.
+            x = x.float()
+            residual = None if residual is None else residual.float()
+    options = (x, residual, weight, bias, eps, residual_scale, weight_offset, centred)
     if use_reference():
-        y, u, _, _ = row_norm_reference(
-            x, residual, weight, bias, eps, residual_scale, weight_offset, centred
-        )
-        return y if residual is None else (y, u)
-    if needs_graph(x, residual, weight, bias):
-        return _RowNorm.apply(
-            x, residual, weight, bias, eps, residual_scale, weight_offset, centred
-        )
-    if residual is None:
+        out = row_norm_reference(*options)[:2]
+    elif needs_graph(x, residual, weight, bias):
+        return _RowNorm.apply(*options)
+    elif residual is None:
         return _op.row_norm(x, weight, bias, eps, weight_offset, centred)
-    return _op.row_norm_stats(
-        x, residual, weight, bias, eps, residual_scale, weight_offset, centred
-    )[:2]
+    else:
+        out = _op.row_norm_stats(*options)[:2]
+    return out[0] if residual is None else out
 
 
 def layer_norm(
@@ -203,7 +216,7 @@ def layer_norm(
     Args:
         x: (..., D), float32, float64, bfloat16 or float16; computed in float32 (float64 for float64).
         weight, bias: (D,); may be float32 with a half-precision x.
-        eps: added to the variance.
+        eps: added to the variance; not negative.
         residual: (..., D) of x's dtype. A pre-norm block uses `residual_scale=1`, DeepNorm its alpha.
         weight_offset: added to the weight; 1.0 for checkpoints that store weight - 1.
 
