@@ -7,15 +7,17 @@ SOLERA_GENERIC=1    leave the x86 instruction sets out (what aarch64 and macOS g
 SOLERA_SANITIZE=1   AddressSanitizer and UBSan (see `make sanitize`)
 SOLERA_NO_CPP=1     install without the compiled library: reference and Triton only
 SOLERA_WERROR=1     a failing build is an error instead of a warning (what CI sets)
-FORCE_CUDA=1        compile csrc/cuda/ even where torch has no CUDA (none needed so far)
+CXX                 the compiler (g++, on macOS clang++); MAX_JOBS how many run at once
 """
 
 from __future__ import annotations
 
 import os
 import platform
+import shutil
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -39,6 +41,12 @@ ISA_FLAGS = {
         "-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512",
     ],
 }  # fmt: skip
+COMPILE = [
+    "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Icsrc/cpu",
+    "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-maybe-uninitialized",
+    "-Wno-ignored-attributes",
+    "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030B0000",
+]  # fmt: skip
 
 
 class Build(build_ext):
@@ -50,6 +58,7 @@ class Build(build_ext):
         except Exception as error:
             if flag("SOLERA_WERROR"):
                 raise
+            self._output(ext).unlink(missing_ok=True)
             print(
                 f"warning: the CPU kernels were not built ({error}); "
                 "solera will run on its Python reference and Triton",
@@ -61,21 +70,20 @@ class Build(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
-        common = ["-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wno-psabi", "-Icsrc/cpu"]
-        common += ["-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-maybe-uninitialized", "-Wno-ignored-attributes"]
-        common += ["-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030B0000"]
+        common = list(COMPILE)
         link = ["-shared", *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
         if flag("SOLERA_SANITIZE"):
-            common += ["-O1", "-g", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
-            common += ["-fno-sanitize-recover=undefined"]
+            # Not optimised, which compiles in a third of the time; left out: what AddressSanitizer covers.
+            common += ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+            common += ["-fno-sanitize=null,vptr,object-size", "-fno-sanitize-recover=undefined"]
             link += ["-fsanitize=address,undefined"]
         else:
             common += ["-O3"]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
         includes = [f"-isystem{p}" for p in include_paths()]
-        headers = max(p.stat().st_mtime for p in (ROOT / "csrc/cpu").glob("*.h"))
-        headers = max(headers, Path(__file__).stat().st_mtime)
+        shared = [*(ROOT / "csrc/cpu").rglob("*.h"), Path(__file__)]
+        newest_shared = max(p.stat().st_mtime for p in shared)
         stamp = f"{torch.__version__}-{'san' if flag('SOLERA_SANITIZE') else 'opt'}-{int(X86)}"
         temp = Path(self.build_temp) / stamp
 
@@ -85,37 +93,50 @@ class Build(build_ext):
             for isa in ISA_FLAGS if X86 else ("generic",):
                 target = temp / isa / Path(source).relative_to("csrc/cpu").with_suffix(".o")
                 objects.append(str(target))
-                newest = max(headers, (ROOT / source).stat().st_mtime)
+                newest = max(newest_shared, (ROOT / source).stat().st_mtime)
                 if target.exists() and target.stat().st_mtime > newest:
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 front = ["-DSOLERA_FRONT", *includes] if isa == "generic" else []
                 front += ["-DSOLERA_X86"] if X86 else []
                 command = [compiler, *common, *ISA_FLAGS[isa], f"-DSOLERA_ISA={isa}", *front]
-                jobs.append((target, [*command, "-c", source, "-o", str(target)]))
+                jobs.append((target, [*command, "-c", source, "-o"]))
 
         def run(job: tuple[Path, list[str]]) -> None:
-            print(" ".join(job[1]), flush=True)
-            subprocess.run(job[1], check=True, cwd=ROOT)
+            # Under another name until complete, and as old as its start: neither an interrupted compiler
+            # nor a source edited meanwhile leaves an object that looks new.
+            target, command = job
+            started = time.time()
+            part = target.with_suffix(".part.o")
+            print(f"compiling {command[-2]} for {target.relative_to(temp).parts[0]}", flush=True)
+            subprocess.run([*command, str(part)], check=True, cwd=ROOT)
+            os.utime(part, (started, started))
+            part.replace(target)
 
         with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS", os.cpu_count() or 1))) as pool:
             list(pool.map(run, jobs))
-        output = Path(self.get_ext_fullpath(ext.name))
+        output = self._output(ext)
         output.parent.mkdir(parents=True, exist_ok=True)
+        output.unlink(missing_ok=True)
         subprocess.run([compiler, *objects, *link, "-o", str(output)], check=True)
 
     def copy_extensions_to_source(self) -> None:
-        present = [
-            e for e in self.extensions if Path(self.get_ext_fullpath_built(e)).exists()
-        ]
-        self.extensions, kept = present, self.extensions
-        super().copy_extensions_to_source()
-        self.extensions = kept
+        """In place and editable builds. Replaced in one step: a running process keeps the old library."""
+        for ext in self.extensions:
+            built = self._output(ext)
+            if not built.exists():
+                continue
+            package = self.get_finalized_command("build_py").get_package_dir("solera")
+            target = ROOT / package / built.name
+            part = target.with_suffix(".part")
+            shutil.copy2(built, part)
+            part.replace(target)
 
-    def get_ext_fullpath_built(self, ext: Extension) -> str:
-        return str(Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name)))
+    def _output(self, ext: Extension) -> Path:
+        return Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(ext.name))
 
 
+# Not for Windows: the kernels use the vector extensions of GCC and clang.
 extensions = (
     []
     if flag("SOLERA_NO_CPP") or sys.platform == "win32"

@@ -122,7 +122,7 @@ inline Tensor empty_like(const Tensor& t, Sizes sizes, std::optional<ScalarType>
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
       int64_t(sizes.size()), sizes.data(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
-  if (poison) std::memset(out.mutable_data_ptr(), 0xff, size_t(out.numel()) * out.element_size());
+  if (poison && out.numel() > 0) std::memset(out.mutable_data_ptr(), 0xff, size_t(out.numel()) * out.element_size());
   return out;
 }
 inline std::vector<int64_t> sizes_of(const Tensor& t) {

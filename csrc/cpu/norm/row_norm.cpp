@@ -104,6 +104,7 @@ void forward(const RowNormForward& p, int64_t begin, int64_t end) {
   const A<T> alpha = A<T>(p.alpha), inverse = A<T>(1) / A<T>(D);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = (const T*)p.x + row * D;
+    const T* next = x + D;  // asked for while this row is worked on
     T* y = (T*)p.y + row * D;
     if (p.residual) {
       const T* residual = (const T*)p.residual + row * D;
@@ -117,6 +118,7 @@ void forward(const RowNormForward& p, int64_t begin, int64_t end) {
     if (p.centred)
       mean = row_sum<T>(D, [&](int64_t j, int n) { return get(x + j, n); }) * inverse;
     A<T> square = row_sum<T>(D, [&](int64_t j, int n) {
+      __builtin_prefetch(next + j);
       AccVec<T> d = keep<T>(get(x + j, n) - mean, n);
       return d * d;
     });
@@ -138,78 +140,54 @@ void forward(const RowNormForward& p, int64_t begin, int64_t end) {
   if (p.streaming) stream_fence();
 }
 
-// R rows at once: their sums first (each row streams through L1), then one sweep over the columns in
-// which the weight gradient is read and written once for R rows.
-template <class T, int R, bool kDx, bool kDirect, bool kCentred>
-SOLERA_INLINE void backward_rows(const RowNormBackward& p, int64_t row, A<T>* dweight, A<T>* dbias) {
+// One row: its two sums as it streams in (asking for the next row meanwhile), then dx and the weight
+// gradient's share from the copy in L1. Several rows at once would touch dweight less often, but measured
+// slower: their streams share L1 sets when D is a power of two.
+template <class T, bool kDx, bool kDirect, bool kCentred>
+SOLERA_INLINE void backward_row(const RowNormBackward& p, int64_t row, A<T>* dweight, A<T>* dbias) {
   constexpr int L = kLanes<T>;
   const int64_t D = p.columns;
   const A<T>* weight = (const A<T>*)p.weight;
   const A<T> inverse = A<T>(1) / A<T>(D);
-  const T *dy[R], *u[R], *direct[R];
-  T* dx[R];
-  A<T> mean[R], rstd[R], mean_h[R], mean_hn[R];
-  bool streaming = p.streaming;
-  for (int r = 0; r < R; ++r) {
-    const int64_t at = (row + r) * D;
-    dy[r] = (const T*)p.dy + at;
-    u[r] = (const T*)p.u + at;
-    direct[r] = kDirect ? (const T*)p.du + at : nullptr;
-    dx[r] = kDx ? (T*)p.dx + at : nullptr;
-    mean[r] = kCentred ? ((const A<T>*)p.mean)[row + r] : A<T>(0);
-    rstd[r] = ((const A<T>*)p.rstd)[row + r];
-    mean_h[r] = mean_hn[r] = 0;
-    streaming = streaming && can_stream(dx[r]);
-    if (!kDx) continue;
+  const T* dy = (const T*)p.dy + row * D;
+  const T* u = (const T*)p.u + row * D;
+  const T* direct = kDirect ? (const T*)p.du + row * D : nullptr;
+  T* dx = kDx ? (T*)p.dx + row * D : nullptr;
+  const A<T> mean = kCentred ? ((const A<T>*)p.mean)[row] : A<T>(0);
+  const A<T> rstd = ((const A<T>*)p.rstd)[row];
+  const bool streaming = p.streaming && can_stream(dx);
+  A<T> mean_h = 0, mean_hn = 0;
+  if (kDx) {
     AccVec<T> h0{}, h1{}, n0{}, n1{};
     auto add = [&](int64_t j, int n, AccVec<T>& sum_h, AccVec<T>& sum_hn) {
-      AccVec<T> h = rounded(get(dy[r] + j, n) * get(weight + j, n));
+      AccVec<T> h = rounded(get(dy + j, n) * get(weight + j, n));
       if (kCentred) sum_h += h;
-      sum_hn += h * (get(u[r] + j, n) - mean[r]);
+      sum_hn += h * (get(u + j, n) - mean);
     };
     int64_t j = 0;
     for (; j + 2 * L <= D; j += 2 * L) {
+      __builtin_prefetch(dy + D + j);
+      __builtin_prefetch(u + D + j);
       add(j, L, h0, n0);
       add(j + L, L, h1, n1);
     }
     strips<L>(D - j, [&](int64_t k, int n) { add(j + k, n, h0, n0); });
-    mean_h[r] = lane_sum(h0 + h1) * inverse;
-    mean_hn[r] = lane_sum(n0 + n1) * rstd[r] * inverse;
+    mean_h = lane_sum(h0 + h1) * inverse;
+    mean_hn = lane_sum(n0 + n1) * rstd * inverse;
   }
-  // A cache line of every row at a time: rows of a power-of-two length share one L1 set, and the 3R + 2
-  // streams would evict a half-used line before its other half is read.
-  constexpr int V = sizeof(T) == 2 ? 2 : 1;
-  auto columns = [&](int64_t j, int n, auto vectors) {
-    constexpr int N = decltype(vectors)::value ? V : 1;
-    AccVec<T> w[N], dw[N] = {}, db[N] = {};
-    for (int k = 0; k < N; ++k) w[k] = get(weight + j + k * L, n);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
-      for (int k = 0; k < N; ++k) {
-        const int64_t at = j + k * L;
-        AccVec<T> g = get(dy[r] + at, n);
-        AccVec<T> normal = (get(u[r] + at, n) - mean[r]) * rstd[r];
-        dw[k] += g * normal;
-        db[k] += g;
-        if (kDx) {
-          AccVec<T> v = rounded(g * w[k]);
-          if (kCentred) v -= mean_h[r];
-          v = (v - normal * mean_hn[r]) * rstd[r];
-          if (kDirect) v += get(direct[r] + at, n);
-          put(dx[r] + at, v, n, streaming);
-        }
-      }
+  strips<L>(D, [&](int64_t j, int n) {
+    const AccVec<T> g = get(dy + j, n);
+    const AccVec<T> normal = (get(u + j, n) - mean) * rstd;
+    if (dweight) put(dweight + j, get(dweight + j, n) + g * normal, n, false);
+    if (dbias) put(dbias + j, get(dbias + j, n) + g, n, false);
+    if (kDx) {
+      AccVec<T> v = rounded(g * get(weight + j, n));
+      if (kCentred) v -= mean_h;
+      v = (v - normal * mean_hn) * rstd;
+      if (kDirect) v += get(direct + j, n);
+      put(dx + j, v, n, streaming);
     }
-    for (int k = 0; k < N; ++k) {
-      const int64_t at = j + k * L;
-      if (dweight) put(dweight + at, get(dweight + at, n) + dw[k], n, false);
-      if (dbias) put(dbias + at, get(dbias + at, n) + db[k], n, false);
-    }
-  };
-  int64_t j = 0;
-  for (; j + V * L <= D; j += V * L) columns(j, L, Flag<true>{});
-  strips<L>(D - j, [&](int64_t k, int n) { columns(j + k, n, Flag<false>{}); });
+  });
 }
 
 template <class T, bool kDx, bool kDirect, bool kCentred>
@@ -222,9 +200,7 @@ void backward_chunks(const RowNormBackward& p, int64_t first_chunk, int64_t last
     if (dbias) memset((void*)dbias, 0, size_t(D) * sizeof(A<T>));
     int64_t row = chunk * kChunkRows;
     const int64_t end = row + kChunkRows < p.rows ? row + kChunkRows : p.rows;
-    for (; row + 4 <= end; row += 4)
-      backward_rows<T, 4, kDx, kDirect, kCentred>(p, row, dweight, dbias);
-    for (; row < end; ++row) backward_rows<T, 1, kDx, kDirect, kCentred>(p, row, dweight, dbias);
+    for (; row < end; ++row) backward_row<T, kDx, kDirect, kCentred>(p, row, dweight, dbias);
   }
   if (p.streaming) stream_fence();
 }

@@ -1,0 +1,108 @@
+# make bench            everything it needs into .venv, then the benchmark (QUICK=1: the short form)
+# make test             the tests on the C++ kernels, then on the Triton kernels, interpreted
+# make sanitize         the tests on a library built with AddressSanitizer and UBSan
+# make isa              the tests on each instruction set's kernels, and on a build without any (aarch64)
+# make aot              every Triton kernel compiled for GPUs that are not here, with its registers
+# make check | format   ruff, clang-format, mypy | ruff and clang-format, in place
+# make dist             sdist and wheel into dist/, installed and imported once
+# make clean            everything built; make distclean: .venv too
+#
+# PYTHON=python3.12     the interpreter .venv is made with
+# TORCH=torch==2.11.0   what is handed to pip for torch: a version, a wheel file, a URL
+# PIP_ARGS=...          pip's options for that one install. The default index serves Linux the CUDA build;
+#                       for the smaller CPU build name the CPU index that pytorch.org lists:
+#                       make test PIP_ARGS="--index-url <that index>"
+# TRITON=triton==3.6.0  the Triton that goes with TORCH, for torch builds that do not bring their own
+# ARGS=...              more arguments for pytest or the benchmark
+
+PYTHON ?= python3
+TRITON ?= triton==3.7.1
+PIP_ARGS ?=
+ARGS ?=
+QUICK ?=
+VENV := .venv
+
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install -q
+INTERPRETED := SOLERA_BACKEND=triton TRITON_INTERPRET=1
+space := $(subst ,, )
+
+# Without TORCH= an existing .venv keeps the torch it has.
+ifeq ($(origin TORCH),undefined)
+TORCH_STAMP := $(firstword $(wildcard $(VENV)/.torch-*))
+endif
+TORCH ?= torch==2.13.0
+ifeq ($(TORCH_STAMP),)
+TORCH_STAMP := $(VENV)/.torch-$(subst $(space),_,$(subst /,_,$(TORCH)))
+endif
+CXX_FILES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' 2>/dev/null)
+
+.DEFAULT_GOAL := help
+.PHONY: help bench test test-cpp test-triton sanitize isa aot check format dist build clean distclean
+
+help:
+	@sed -n '/^#/!q; s/^# \{0,1\}//p' Makefile
+
+bench: build
+	$(PY) -m bench $(if $(filter-out 0,$(QUICK)),--quick) $(ARGS)
+
+test: test-cpp test-triton
+
+test-cpp: build
+	$(PY) -m pytest $(ARGS)
+
+test-triton: build
+	$(INTERPRETED) $(PY) -m pytest $(ARGS)
+
+sanitize: build
+	tools/variant.sh sanitize
+
+isa: build
+	tools/variant.sh isa
+
+aot: build
+	$(PY) -m pytest -s tests/test_ahead_of_time.py $(ARGS)
+
+check: $(VENV)/.ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
+	$(VENV)/bin/mypy
+	tools/check_files.py
+
+format: $(VENV)/.ready
+	$(VENV)/bin/ruff check --fix-only .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CXX_FILES)
+
+dist: build
+	tools/dist.sh
+
+# The library is always looked at, but only objects older than their sources are compiled again.
+build: $(VENV)/.ready
+	SOLERA_WERROR=1 $(PY) setup.py -q build_ext --inplace
+
+# torch alone and first: what comes after finds it there and, held by the constraint, brings no other.
+$(TORCH_STAMP):
+	test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	rm -f $(VENV)/.torch-* $(VENV)/.ready
+	$(PIP) "setuptools>=77" wheel
+	$(PIP) $(PIP_ARGS) $(TORCH)
+	$(PY) -c "import torch; print(f'torch=={torch.__version__}')" > $(VENV)/constraints.txt
+	touch $@
+
+# SOLERA_NO_CPP: the library is built by the target `build`, in place, where its objects are kept.
+$(VENV)/.ready: $(TORCH_STAMP) pyproject.toml
+	if [ "$$(uname)" = Linux ]; then $(PY) -c "import triton" 2>/dev/null || $(PIP) $(TRITON); fi
+	$(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+	print(*sum(p['optional-dependencies'].values(), []), sep='\n')" > $(VENV)/requirements.txt
+	$(PIP) -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	SOLERA_NO_CPP=1 $(PIP) --no-build-isolation --no-deps -e .
+	touch $@
+
+clean:
+	rm -rf build dist python/solera/_C*.so *.egg-info python/*.egg-info
+	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+distclean: clean
+	rm -rf $(VENV)

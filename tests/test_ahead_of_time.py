@@ -1,0 +1,120 @@
+"""Every Triton kernel compiles for NVIDIA and AMD GPUs without one, within a written budget.
+
+The budget (registers a thread, shared memory a block, no spills) is tests/budgets.json:
+
+    python tests/test_ahead_of_time.py                       print the table
+    python tests/test_ahead_of_time.py --write [family.core ...]  and write it as the budget
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import ahead_of_time as aot
+import pytest
+
+try:
+    import triton
+except ImportError:
+    triton = None
+
+pytestmark = [
+    pytest.mark.skipif(triton is None, reason="Triton is not installed"),
+    pytest.mark.skipif(
+        os.environ.get("TRITON_INTERPRET") == "1",
+        reason="TRITON_INTERPRET=1 leaves nothing to compile; run this file without it",
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """(module, target) -> future of its usage; two compile at a time."""
+    with aot.workers() as pool:
+        yield aot.compile_all(aot.modules(), pool)
+
+
+def rows(module, target, used):
+    for name, u in used.items():
+        yield f"{module:<26} {name:<34} {target:<7} {u.registers:>4} {u.spills:>6} {u.shared:>7}"
+
+
+HEAD = f"{'module':<26} {'kernel':<34} {'target':<7} {'regs':>4} {'spills':>6} {'shared':>7}"
+
+
+def faults(module, target, used, allowed):
+    """What is wrong with a module's kernels on a target, one line each."""
+    for name, usage in used.items():
+        where = f"{module} {name} on {target}"
+        budget = allowed.get(name, {}).get(target)
+        if usage.error:
+            yield f"{where}: {usage.error}"
+        elif usage.spills:
+            yield f"{where}: spills {usage.spills} ({usage.registers} registers)"
+        elif aot.written_for() != triton.__version__:
+            continue
+        elif budget is None:
+            yield f"{where}: no budget; run `python tests/test_ahead_of_time.py --write {module}`"
+        else:
+            for key, limit in budget.items():
+                if getattr(usage, key) > limit:
+                    yield f"{where}: {key} {getattr(usage, key)}, budget {limit}"
+
+
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("module", aot.modules())
+def test_within_budget(compiled, module, target):
+    used = compiled[module, target].result()
+    print(f"\n{HEAD}", *rows(module, target, used), sep="\n")
+    wrong = list(faults(module, target, used, aot.budgets().get(module, {})))
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_budget_without_a_kernel():
+    known = {m: {case.name for case in aot.cases(m)} for m in aot.modules()}
+    stale = [
+        f"{m} {name}"
+        for m, names in aot.budgets().items()
+        for name in names
+        if name not in known.get(m, ())
+    ]
+    assert not stale, f"tests/budgets.json names kernels that are gone: {stale}"
+
+
+def main(arguments: list[str]) -> int:
+    write = "--write" in arguments
+    names = [a for a in arguments if not a.startswith("-")] or aot.modules()
+    unknown = set(names) - set(aot.modules())
+    if unknown:
+        print(f"no such module: {sorted(unknown)}; there are {aot.modules()}")
+        return 2
+    with aot.workers() as pool:
+        results = {key: f.result() for key, f in aot.compile_all(names, pool).items()}
+    print(HEAD)
+    for (module, target), used in results.items():
+        print(*rows(module, target, used), sep="\n")
+    if write:
+        kernels = {m: v for m, v in aot.budgets().items() if m in aot.modules() and m not in names}
+        for (module, target), used in results.items():
+            for name, usage in used.items():
+                if not usage.error and not usage.spills:
+                    budget = kernels.setdefault(module, {}).setdefault(name, {})
+                    budget[target] = aot.budget_of(usage)
+        table = {"triton": triton.__version__, "kernels": dict(sorted(kernels.items()))}
+        aot.BUDGETS.write_text(json.dumps(table, indent=1) + "\n")
+        print(f"wrote {aot.BUDGETS.relative_to(aot.ROOT)}; look at its diff before committing it")
+    allowed = aot.budgets()
+    wrong = [
+        fault
+        for (m, t), used in results.items()
+        for fault in faults(m, t, used, allowed.get(m, {}))
+    ]
+    print(*wrong, sep="\n")
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

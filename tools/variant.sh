@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Tests of other builds and instruction sets than the usual one, each build in a copy under build/, so that
+# the library in python/solera stays as it is.
+#
+#   tools/variant.sh sanitize   AddressSanitizer and UBSan
+#   tools/variant.sh generic    no x86 instruction sets: what aarch64 and macOS get
+#   tools/variant.sh isa        the usual build limited to generic and to avx2 kernels, then `generic`
+#
+# More arguments go to pytest. PYTHON: the interpreter (.venv's if there is one).
+set -euo pipefail
+cd "$(dirname "$0")/.."
+root=$PWD
+python=${PYTHON:-$root/.venv/bin/python}
+[ -x "$python" ] || python=$(command -v python3)
+variant=$1
+shift
+case $variant in sanitize | generic | isa) ;; *) echo "no such variant: $variant" >&2; exit 2 ;; esac
+
+# What checks values and memory; compilers, interpreters and packaging have their own stage.
+tests=(--ignore=tests/test_ahead_of_time.py --ignore=tests/test_package.py)
+tests+=(-m "not inductor and not slow" -k "not compile and not opcheck")
+export PYTHONPATH=$root/tools
+tests+=(-p brief_hypothesis --hypothesis-profile=brief -p no:cacheprovider --capture=sys)
+
+copy() {
+  mkdir -p "build/$1"
+  (cd "build/$1" && find . -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +)
+  cp -a csrc python tests setup.py pyproject.toml README.md LICENSE "build/$1/"
+  rm -f "build/$1"/python/solera/_C*
+  cp -a triton_kernels "build/$1/python/solera/triton_kernels"
+}
+
+build() {
+  copy "$1"
+  (cd "build/$1" && env SOLERA_WERROR=1 "$2" "$python" setup.py -q build_ext --inplace >build.log) ||
+    { tail -40 "build/$1/build.log"; return 1; }
+}
+
+case $variant in
+  sanitize)
+    build sanitize SOLERA_SANITIZE=1
+    preload=
+    for library in libasan.so libubsan.so; do preload+=" $(realpath "$(${CXX:-g++} -print-file-name=$library)")"; done
+    # torch and Python hold memory at exit and register symbols twice: not what is looked for here.
+    export ASAN_OPTIONS=detect_leaks=0:detect_odr_violation=0:alloc_dealloc_mismatch=0:abort_on_error=1
+    export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
+    cd build/sanitize
+    export PYTHONPATH=$PWD/python:$PYTHONPATH LD_PRELOAD="${preload# }"
+    exec "$python" -m pytest "${tests[@]}" -k "not compile and not opcheck and not gradgrad" "$@"
+    ;;
+  isa)
+    for isa in generic avx2; do
+      echo "SOLERA_ISA=$isa"
+      SOLERA_ISA=$isa "$python" -m pytest "${tests[@]}" "$@"
+    done
+    exec tools/variant.sh generic "$@"
+    ;;
+  generic)
+    build generic SOLERA_GENERIC=1
+    echo "SOLERA_GENERIC=1"
+    cd build/generic
+    PYTHONPATH=$PWD/python:$PYTHONPATH exec "$python" -m pytest "${tests[@]}" "$@"
+    ;;
+esac
