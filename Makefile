@@ -17,6 +17,8 @@
 
 PYTHON ?= python3
 TRITON ?= triton==3.7.1
+# A peer in the benchmark, of which one file is used: its dependencies would bring another torch.
+TIMM ?= timm==1.0.31
 PIP_ARGS ?=
 ARGS ?=
 QUICK ?=
@@ -97,6 +99,7 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml
 	$(PY) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 	print(*sum(p['optional-dependencies'].values(), []), sep='\n')" > $(VENV)/requirements.txt
 	$(PIP) -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
+	$(PIP) --no-deps $(TIMM)
 	SOLERA_NO_CPP=1 $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 

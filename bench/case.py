@@ -1,4 +1,7 @@
-"""What a benchmark line is. `bench/<family>/<core>.py` has one function `specs(device)` that yields Specs."""
+"""What a benchmark line is. `bench/<family>/<core>.py` has one function `specs(device)` that yields Specs.
+
+`device` is a string, "cpu" or "cuda".
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ class Case:
     ours: Step
     exact: Step  # the same tensors in float64, by the reference; run once
     eager: Step | None = None  # what a user writes today, in plain torch
-    compiled: Step | None = None  # torch.compile of the reference (built with torch.compile, not run)
+    compiled: Step | None = None  # torch.compile of the reference, not run yet
     peers: dict[str, Step] = field(default_factory=dict)  # the best packages installed, by name
     bytes: int = 0  # least traffic: each input read once, each output written once
-    written: int | None = None  # of `bytes`, those written; given, the rest is timed at the read rate
+    written: int | None = None  # of `bytes`; if given, what is only read counts at the read rate
     flops: int = 0  # operations of the matrix products, 0 where there is none
     tolerance: float | None = None  # relative L2; default: twice eager's own error, or one ulp
     saved_bytes: int | None = None  # kept between forward and backward, measured by the case
@@ -41,7 +44,7 @@ class Spec:
     # the floor, "copy": 1.0 of the measured copy bandwidth.
     targets: dict[str, float] = field(default_factory=dict)
     notes: str = ""
-    compile_in_quick: bool = False  # --quick compiles only these and the lines with a "compile" target
+    compile_in_quick: bool = False  # --quick compiles these, and lines with a "compile" target
     compiled_model: bool = False  # `ours` is itself a compiled model that holds the op
 
 
@@ -75,3 +78,34 @@ def in_double(step_of: Callable[..., Step], tensors: Sequence[Tensor | None]) ->
         None if t is None else t.detach().double().requires_grad_(t.requires_grad) for t in tensors
     ]
     return step_of(*copies)
+
+
+def model_case(
+    model: Callable[..., Callable[..., Tensor]],
+    ours: Callable[..., object],
+    theirs: Callable[..., object],
+    inputs: Sequence[Tensor],
+) -> Case:
+    """The op inside a compiled model: `model(op)` is a function of the inputs, forward and backward.
+
+    An opaque op can cost the compiler more in lost fusion than it gains, so both sides are compiled:
+    `model(ours)` beside `model(theirs)`, where `theirs` is the op in plain torch.
+    """
+    with torch.no_grad():
+        grad = torch.randn_like(model(theirs)(*inputs))
+
+    def exact(*tensors: Tensor) -> Step:
+        return step(model(theirs), tensors, [grad.double()])
+
+    return Case(
+        ours=step(torch.compile(model(ours), fullgraph=True), inputs, [grad]),
+        exact=in_double(exact, inputs),
+        eager=step(model(theirs), inputs, [grad]),
+        compiled=step(torch.compile(model(theirs), fullgraph=True), inputs, [grad]),
+    )
+
+
+def compiled_model_spec(op: str, label: str, make: Callable[[], Case]) -> Spec:
+    """Left out of --quick: such a line compiles two models."""
+    label = f"in a compiled model: {label}"
+    return Spec(op, label, torch.float32, make, quick=False, compiled_model=True)

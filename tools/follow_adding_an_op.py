@@ -59,7 +59,11 @@ def main() -> None:
         shutil.copytree(copy / "triton_kernels", site / "solera/triton_kernels")
         environment["PYTHONPATH"] = str(site)
         triton = {"SOLERA_BACKEND": "triton", "TRITON_INTERPRET": "1"}
-        for name, extra in (("C++", {}), ("reference", {"SOLERA_BACKEND": "reference"}), ("Triton", triton)):
+        for name, extra in (
+            ("C++", {}),
+            ("reference", {"SOLERA_BACKEND": "reference"}),
+            ("Triton", triton),
+        ):
             print(f"{name}:", flush=True)
             subprocess.run(
                 [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "tests/norm/test_halve.py"],

@@ -35,7 +35,9 @@ def _eager(kind: str, residual: bool):
     return f
 
 
-def _case(kind: str, shape: tuple[int, ...], dtype, device: str, residual: bool, backward: bool) -> Case:
+def _case(
+    kind: str, shape: tuple[int, ...], dtype, device: str, residual: bool, backward: bool
+) -> Case:
     make = lambda *s: torch.randn(*s, device=device).to(dtype).requires_grad_(backward)
     x, weight = make(*shape), make(shape[-1])
     inputs = [x, weight, make(*shape)] if residual else [x, weight]
@@ -101,7 +103,9 @@ def specs(device: str) -> Iterator[Spec]:
     yield line("rms_norm", f"fwd+bwd {size}", f16, "rms", big, False, True, quick=False)
     yield line("rms_norm", "fwd+bwd 65536x64", f32, "rms", (65536, 64), False, True, quick=False)
     yield line("rms_norm", "fwd+bwd 8191x1001", f32, "rms", (8191, 1001), False, True, quick=False)
-    yield line("layer_norm", "fwd+bwd 64x262144", f32, "layer", (64, 262144), False, True, quick=False)
+    yield line(
+        "layer_norm", "fwd+bwd 64x262144", f32, "layer", (64, 262144), False, True, quick=False
+    )
     yield Spec(
         op="norm.rms_norm",
         label="one call, 16 floats, no grad",

@@ -19,15 +19,16 @@
 
 namespace solera {
 
-using torch::stable::Tensor;
 using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 using OptTensor = std::optional<Tensor>;
 
 // ---- instruction set ----
 
 enum class Isa : int { generic = 0, avx2 = 1, avx512 = 2 };
 
-// The widest set this processor has, or SOLERA_ISA=generic|avx2|avx512 from the environment if narrower.
+// The widest set this processor has, or SOLERA_ISA=generic|avx2|avx512 from the environment if
+// narrower.
 inline Isa isa() {
   static const Isa chosen = [] {
     Isa best = Isa::generic;
@@ -55,19 +56,18 @@ inline Isa isa() {
 // Declares `table` in every instruction set's namespace and defines `pick_<table>()`. Goes directly
 // into namespace solera (inside an unnamed one it would declare another table).
 #if defined(SOLERA_X86)
-#define SOLERA_PICK(Type, table)                      \
-  namespace avx2 {                                    \
-  extern const Type table;                            \
-  }                                                   \
-  namespace avx512 {                                  \
-  extern const Type table;                            \
-  }                                                   \
-  inline const Type& pick_##table() {                 \
-    static const Type& chosen =                       \
-        isa() == Isa::avx512 ? avx512::table          \
-        : isa() == Isa::avx2 ? avx2::table            \
-                             : generic::table;        \
-    return chosen;                                    \
+#define SOLERA_PICK(Type, table)                                       \
+  namespace avx2 {                                                     \
+  extern const Type table;                                             \
+  }                                                                    \
+  namespace avx512 {                                                   \
+  extern const Type table;                                             \
+  }                                                                    \
+  inline const Type& pick_##table() {                                  \
+    static const Type& chosen = isa() == Isa::avx512 ? avx512::table   \
+                                : isa() == Isa::avx2 ? avx2::table     \
+                                                     : generic::table; \
+    return chosen;                                                     \
   }
 #else
 #define SOLERA_PICK(Type, table) \
@@ -87,7 +87,9 @@ inline Dtype dtype_of(const Tensor& t) {
     case ScalarType::Half:
       return kFloat16;
     default:
-      STD_TORCH_CHECK(false, "solera: expected a floating-point tensor (float32, float64, bfloat16 or float16)");
+      STD_TORCH_CHECK(
+          false,
+          "solera: expected a floating-point tensor (float32, float64, bfloat16 or float16)");
   }
 }
 
@@ -102,9 +104,11 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
-// A new contiguous CPU tensor: torch's allocator without the dispatcher, a quarter of new_empty's price.
-// SOLERA_POISON=1 fills it with NaN, so that an element nobody writes shows (the test suite sets it).
-inline Tensor empty_like(const Tensor& t, Sizes sizes, std::optional<ScalarType> dtype = std::nullopt) {
+// A new contiguous CPU tensor: torch's allocator without the dispatcher, a quarter of new_empty's
+// price. SOLERA_POISON=1 fills it with NaN, so that an element nobody writes shows (the test suite
+// sets it).
+inline Tensor empty_like(const Tensor& t, Sizes sizes,
+                         std::optional<ScalarType> dtype = std::nullopt) {
   static const bool poison = std::getenv("SOLERA_POISON") != nullptr;
   constexpr size_t kMaxDims = 64;  // torch's own limit
   STD_TORCH_CHECK(sizes.size() <= kMaxDims, "solera: too many dimensions");
@@ -119,10 +123,12 @@ inline Tensor empty_like(const Tensor& t, Sizes sizes, std::optional<ScalarType>
   else
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &code));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      int64_t(sizes.size()), sizes.data(), strides, code, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(),
+                                                         strides, code,
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
-  if (poison && out.numel() > 0) std::memset(out.mutable_data_ptr(), 0xff, size_t(out.numel()) * out.element_size());
+  if (poison && out.numel() > 0)
+    std::memset(out.mutable_data_ptr(), 0xff, size_t(out.numel()) * out.element_size());
   return out;
 }
 inline std::vector<int64_t> sizes_of(const Tensor& t) {

@@ -2,12 +2,12 @@
 //
 // A kernel file is compiled once per instruction set (setup.py passes SOLERA_ISA = generic, avx2 or
 // avx512 with the matching flags) and once more for nothing: the generic object also carries the
-// registration at the file's foot. Everything here lives in `namespace solera::SOLERA_ISA`, so that no
-// inline function compiled for a wide machine can be picked by the linker for a narrow one; for the
-// same reason this header includes no C++ library header with inline code of its own.
+// registration at the file's foot. Everything here lives in `namespace solera::SOLERA_ISA`, so that
+// no inline function compiled for a wide machine can be picked by the linker for a narrow one; for
+// the same reason this header includes no C++ library header with inline code of its own.
 //
-// Vectors are compiler vector extensions (GCC and clang, any architecture): arithmetic, comparison and
-// `mask ? a : b` are spelled with the usual operators.
+// Vectors are compiler vector extensions (GCC and clang, any architecture): arithmetic, comparison
+// and `mask ? a : b` are spelled with the usual operators.
 #pragma once
 
 #include <stdint.h>
@@ -163,7 +163,8 @@ SOLERA_INLINE vh narrow(vf x, f16) {
 }
 #endif
 
-// ---- loads and stores: any alignment; the *_n forms touch exactly n lanes, the rest read as 0 ----
+// ---- loads and stores: any alignment; the *_n forms touch exactly n lanes, the rest read as 0
+// ----
 
 SOLERA_INLINE vf load(const float* p) {
   vf v;
@@ -257,9 +258,10 @@ SOLERA_INLINE auto lane_max(V v) {
   return out;
 }
 
-// The product or sum as rounded on its own, not contracted into a fused multiply-add with what follows:
-// where the same value is subtracted from itself elsewhere, both must have been rounded alike. (An empty
-// asm statement; __builtin_assoc_barrier does the same but takes vectors apart lane by lane in GCC 12.)
+// The product or sum as rounded on its own, not contracted into a fused multiply-add with what
+// follows: where the same value is subtracted from itself elsewhere, both must have been rounded
+// alike. (An empty asm statement; __builtin_assoc_barrier does the same but takes vectors apart
+// lane by lane in GCC 12.)
 template <class V>
 SOLERA_INLINE V rounded(V v) {
 #if defined(__AVX512F__)
@@ -272,7 +274,8 @@ SOLERA_INLINE V rounded(V v) {
   return v;
 }
 
-// Calls f(Flag<true>{}) or f(Flag<false>{}): a loop's branch on something fixed, taken outside the loop.
+// Calls f(Flag<true>{}) or f(Flag<false>{}): a loop's branch on something fixed, taken outside the
+// loop.
 template <bool B>
 struct Flag {
   static constexpr bool value = B;
@@ -310,7 +313,8 @@ SOLERA_INLINE vf exp2v(vf x) {
   p = p * t + 6.931472028550421e-1f;
   p = p * t + 1.0f;
 #if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)(x < -126.0f ? splat(-300.0f) : (x > 128.0f ? splat(300.0f) : whole)));
+  return (vf)_mm512_scalef_ps(
+      (__m512)p, (__m512)(x < -126.0f ? splat(-300.0f) : (x > 128.0f ? splat(300.0f) : whole)));
 #else
   vf half = bits_as<vf>((__builtin_convertvector(whole * 0.5f, vi) + 127) << 23);
   vf rest = bits_as<vf>(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
 import triton
 import triton.language as tl
 
@@ -29,7 +28,9 @@ def _tile(x, row, cols, rows, columns):
 
 
 @triton.jit
-def _sum_of(x, residual, row, cols, rows, columns, alpha, HAS_RESIDUAL: tl.constexpr, ACC: tl.constexpr):
+def _sum_of(
+    x, residual, row, cols, rows, columns, alpha, HAS_RESIDUAL: tl.constexpr, ACC: tl.constexpr
+):
     """x + alpha * residual rounded to x's dtype, as the unfused sum is; 0 outside the row."""
     at, mask = _tile(x, row, cols, rows, columns)
     u = tl.load(at, mask=mask, other=0.0).to(ACC)
@@ -70,7 +71,9 @@ def row_norm_forward_kernel(
         if CENTRED:
             total = tl.zeros((R, C), ACC)
             for j in range(0, columns, C):
-                total += _sum_of(x, residual, row, j + lane, rows, columns, alpha, HAS_RESIDUAL, ACC)
+                total += _sum_of(
+                    x, residual, row, j + lane, rows, columns, alpha, HAS_RESIDUAL, ACC
+                )
             mean = tl.sum(total, 1)[:, None] / columns
         squares = tl.zeros((R, C), ACC)
         for j in range(0, columns, C):
@@ -95,7 +98,9 @@ def row_norm_forward_kernel(
         for j in range(0, columns, C):
             cols = j + lane
             u = _sum_of(x, residual, row, cols, rows, columns, alpha, HAS_RESIDUAL, ACC)
-            n = _affine((u - mean) * rstd, weight, bias, offset, cols, columns, HAS_WEIGHT, HAS_BIAS, ACC)
+            n = _affine(
+                (u - mean) * rstd, weight, bias, offset, cols, columns, HAS_WEIGHT, HAS_BIAS, ACC
+            )
             at, mask = _tile(y, row, cols, rows, columns)
             tl.store(at, n.to(y.dtype.element_ty), mask=mask)
             if HAS_RESIDUAL:
@@ -115,7 +120,9 @@ def _normal(u, mean, rstd, row, cols, rows, columns, CENTRED: tl.constexpr, ACC:
 
 
 @triton.jit
-def _incoming(dy, weight, offset, row, cols, rows, columns, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr):
+def _incoming(
+    dy, weight, offset, row, cols, rows, columns, HAS_WEIGHT: tl.constexpr, ACC: tl.constexpr
+):
     """dy and h = dy * w for a tile."""
     at, mask = _tile(dy, row, cols, rows, columns)
     g = tl.load(at, mask=mask, other=0.0).to(ACC)
@@ -269,9 +276,7 @@ def row_norm(x, weight, bias, eps, weight_offset, centred):
 
 
 def row_norm_stats(x, residual, weight, bias, eps, residual_scale, weight_offset, centred):
-    return _forward(
-        x, residual, weight, bias, eps, residual_scale, weight_offset, centred, True
-    )
+    return _forward(x, residual, weight, bias, eps, residual_scale, weight_offset, centred, True)
 
 
 def row_norm_backward(
@@ -283,7 +288,9 @@ def row_norm_backward(
     acc = accumulate_type(u)
     dx = u.new_empty(u.shape if need_x else (0,))
     if u.numel() == 0:
-        zeros = [u.new_zeros((columns,) if n else (0,), dtype=acc) for n in (need_weight, need_bias)]
+        zeros = [
+            u.new_zeros((columns,) if n else (0,), dtype=acc) for n in (need_weight, need_bias)
+        ]
         return dx, *zeros
     config = _config(columns)
     blocks = triton.cdiv(rows, config["R"])
@@ -350,7 +357,15 @@ def aot() -> Iterator:
             num_warps=warps,
         )  # fmt: skip
         needs = {"NEED_X": True, "NEED_WEIGHT": True, "NEED_BIAS": True}
-        pointers = {"dy": half, "du": half, "u": half, "weight": acc, "mean": acc, "rstd": acc, "dx": half}
+        pointers = {
+            "dy": half,
+            "du": half,
+            "u": half,
+            "weight": acc,
+            "mean": acc,
+            "rstd": acc,
+            "dx": half,
+        }
         if one:
             yield AotCase(
                 name=f"row_norm_backward_{columns}",

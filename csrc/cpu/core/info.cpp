@@ -1,4 +1,5 @@
-// What `solera info` asks the library itself: the instruction set that the kernels were picked from.
+// What `solera info` asks the library itself: the instruction set that the kernels were picked
+// from.
 #ifdef SOLERA_FRONT
 #include "../parallel.h"
 

@@ -8,29 +8,30 @@
 //   du = rstd * (h - n * mean(h * n) - [mean(h) if centred])  + what flows into u directly
 //   dw = sum over rows of dy * n             db = sum over rows of dy
 //
-// Bytes a row of D elements: forward reads x, writes y (with a residual: reads 2, writes 2); backward
-// reads u and dy, writes du. A row and its operands stay in L1/L2 between passes, so memory sees each
-// byte once. The weight gradient is summed over chunks of 64 rows, whatever the thread count, then over
-// the chunks in order (in double): same bits for any number of threads.
+// Bytes a row of D elements: forward reads x, writes y (with a residual: reads 2, writes 2);
+// backward reads u and dy, writes du. A row and its operands stay in L1/L2 between passes, so
+// memory sees each byte once. The weight gradient is summed over chunks of 64 rows, whatever the
+// thread count, then over the chunks in order (in double): same bits for any number of threads.
 #include "../simd.h"
 
 namespace solera {
 
-// All pointers are rows of D contiguous elements; the accumulator type A is float, or double for double.
+// All pointers are rows of D contiguous elements; the accumulator type A is float, or double for
+// double.
 struct RowNormForward {
-  const void *x, *residual;  // residual may be null
-  const void *weight, *bias; // in A, may be null
-  void *y, *u;               // u is written only when there is a residual
-  void *mean, *rstd;         // in A, may be null
+  const void *x, *residual;   // residual may be null
+  const void *weight, *bias;  // in A, may be null
+  void *y, *u;                // u is written only when there is a residual
+  void *mean, *rstd;          // in A, may be null
   int64_t columns;
   double eps, alpha;
   bool centred, streaming;
 };
 struct RowNormBackward {
-  const void *dy, *du, *u;   // du (what flows into u directly) may be null
+  const void *dy, *du, *u;           // du (what flows into u directly) may be null
   const void *weight, *mean, *rstd;  // weight is never null here: ones where there is none
-  void *dx;                  // may be null
-  void *dweight, *dbias;     // in A, one row of D per chunk; may be null
+  void* dx;                          // may be null
+  void *dweight, *dbias;             // in A, one row of D per chunk; may be null
   int64_t rows, columns;
   bool centred, streaming;
 };
@@ -115,8 +116,7 @@ void forward(const RowNormForward& p, int64_t begin, int64_t end) {
       x = u;
     }
     A<T> mean = 0;
-    if (p.centred)
-      mean = row_sum<T>(D, [&](int64_t j, int n) { return get(x + j, n); }) * inverse;
+    if (p.centred) mean = row_sum<T>(D, [&](int64_t j, int n) { return get(x + j, n); }) * inverse;
     A<T> square = row_sum<T>(D, [&](int64_t j, int n) {
       __builtin_prefetch(next + j);
       AccVec<T> d = keep<T>(get(x + j, n) - mean, n);
@@ -140,9 +140,9 @@ void forward(const RowNormForward& p, int64_t begin, int64_t end) {
   if (p.streaming) stream_fence();
 }
 
-// One row: its two sums as it streams in (asking for the next row meanwhile), then dx and the weight
-// gradient's share from the copy in L1. Several rows at once would touch dweight less often, but measured
-// slower: their streams share L1 sets when D is a power of two.
+// One row: its two sums as it streams in (asking for the next row meanwhile), then dx and the
+// weight gradient's share from the copy in L1. Several rows at once would touch dweight less often,
+// but measured slower: their streams share L1 sets when D is a power of two.
 template <class T, bool kDx, bool kDirect, bool kCentred>
 SOLERA_INLINE void backward_row(const RowNormBackward& p, int64_t row, A<T>* dweight, A<T>* dbias) {
   constexpr int L = kLanes<T>;
@@ -211,7 +211,8 @@ void backward(const RowNormBackward& p, int64_t first_chunk, int64_t last_chunk)
     with_flag(dx.value && p.du != nullptr, [&](auto direct) {
       with_flag(p.centred, [&](auto centred) {
         constexpr bool kDx = decltype(dx)::value, kDirect = decltype(direct)::value;
-        backward_chunks<T, kDx, kDx && kDirect, decltype(centred)::value>(p, first_chunk, last_chunk);
+        backward_chunks<T, kDx, kDx && kDirect, decltype(centred)::value>(p, first_chunk,
+                                                                          last_chunk);
       });
     });
   });
@@ -254,7 +255,8 @@ SOLERA_PICK(RowNormTable, row_norm_table)
 
 namespace {
 
-// weight or bias as a row of the accumulator type with `offset` added; no copy when it already is one.
+// weight or bias as a row of the accumulator type with `offset` added; no copy when it already is
+// one.
 struct Row {
   const void* data = nullptr;
   std::optional<Tensor> copy;
@@ -266,7 +268,8 @@ struct Row {
       return;
     }
     copy = ready ? torch::stable::clone(*t) : dense(torch::stable::to(*t, acc));
-    if (offset != 0 && copy->const_data_ptr() == t->const_data_ptr()) copy = torch::stable::clone(*copy);
+    if (offset != 0 && copy->const_data_ptr() == t->const_data_ptr())
+      copy = torch::stable::clone(*copy);
     for (int64_t i = 0, n = offset == 0 ? 0 : copy->numel(); i < n; ++i) {
       if (acc == ScalarType::Double)
         static_cast<double*>(copy->mutable_data_ptr())[i] += offset;
@@ -308,15 +311,17 @@ Tensor row_norm(const Tensor& x_in, OptTensor weight, OptTensor bias, double eps
   const Shape shape(x);
   Tensor y = empty_like(x, shape.sizes);
   const Row w(weight, shape.acc, weight_offset), b(bias, shape.acc, 0);
-  RowNormForward p{x.const_data_ptr(), nullptr, w.data, b.data, y.mutable_data_ptr(), nullptr,
-                   nullptr, nullptr, shape.columns, eps, 0, centred, shape.streaming};
+  RowNormForward p{
+      x.const_data_ptr(), nullptr, w.data, b.data,  y.mutable_data_ptr(), nullptr, nullptr, nullptr,
+      shape.columns,      eps,     0,      centred, shape.streaming};
   run_forward(p, shape);
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_stats(
-    const Tensor& x_in, OptTensor residual_in, OptTensor weight, OptTensor bias, double eps,
-    double residual_scale, double weight_offset, bool centred) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_stats(const Tensor& x_in, OptTensor residual_in,
+                                                          OptTensor weight, OptTensor bias,
+                                                          double eps, double residual_scale,
+                                                          double weight_offset, bool centred) {
   const Tensor x = dense(x_in);
   const Shape shape(x);
   const int64_t zero[] = {0};
@@ -330,17 +335,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_stats(
   if (residual_in.has_value()) residual = dense(*residual_in);
   RowNormForward p{x.const_data_ptr(),
                    residual_in.has_value() ? residual.const_data_ptr() : nullptr,
-                   w.data, b.data, y.mutable_data_ptr(), u.mutable_data_ptr(),
-                   centred ? mean.mutable_data_ptr() : nullptr, rstd.mutable_data_ptr(),
-                   shape.columns, eps, residual_scale, centred, shape.streaming};
+                   w.data,
+                   b.data,
+                   y.mutable_data_ptr(),
+                   u.mutable_data_ptr(),
+                   centred ? mean.mutable_data_ptr() : nullptr,
+                   rstd.mutable_data_ptr(),
+                   shape.columns,
+                   eps,
+                   residual_scale,
+                   centred,
+                   shape.streaming};
   run_forward(p, shape);
   return {y, u, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> row_norm_backward(
-    const Tensor& dy_in, OptTensor du_in, const Tensor& u_in, OptTensor weight, const Tensor& mean,
-    const Tensor& rstd, double weight_offset, bool centred, bool need_x, bool need_weight,
-    bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> row_norm_backward(const Tensor& dy_in, OptTensor du_in,
+                                                     const Tensor& u_in, OptTensor weight,
+                                                     const Tensor& mean, const Tensor& rstd,
+                                                     double weight_offset, bool centred,
+                                                     bool need_x, bool need_weight,
+                                                     bool need_bias) {
   const Tensor dy = dense(dy_in), u = dense(u_in);
   const Shape shape(u);
   const ScalarType acc = shape.acc;
@@ -363,11 +378,17 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_backward(
   Tensor dbias_part = empty_like(u, need_bias ? all : none, acc);
   RowNormBackward p{dy.const_data_ptr(),
                     du_in.has_value() ? du.const_data_ptr() : nullptr,
-                    u.const_data_ptr(), w.data, mean.const_data_ptr(), rstd.const_data_ptr(),
+                    u.const_data_ptr(),
+                    w.data,
+                    mean.const_data_ptr(),
+                    rstd.const_data_ptr(),
                     need_x ? dx.mutable_data_ptr() : nullptr,
                     need_weight ? dweight_part.mutable_data_ptr() : nullptr,
                     need_bias ? dbias_part.mutable_data_ptr() : nullptr,
-                    shape.rows, shape.columns, centred, shape.streaming};
+                    shape.rows,
+                    shape.columns,
+                    centred,
+                    shape.streaming};
   const auto& table = pick_row_norm_table();
   const auto kernel = table.backward[shape.dtype];
   if (shape.columns > 0)

@@ -2,11 +2,11 @@
 //
 //   avg <- avg + (1 - decay) (param - avg)          in float32 (float64 for float64 averages)
 //
-// Bytes an element: reads the average and the parameter, writes the average (6 for bfloat16 pairs, 12 for
-// float32). Stochastic rounding adds about one vector instruction an element: one Philox4x32-10 block
-// gives eight elements their 16 random bits, and the blocks of a vector of counters give eight vectors.
-// The product and the sum are rounded separately (no fused multiply-add), so that every backend and
-// instruction set gives the same bits.
+// Bytes an element: reads the average and the parameter, writes the average (6 for bfloat16 pairs,
+// 12 for float32). Stochastic rounding adds about one vector instruction an element: one
+// Philox4x32-10 block gives eight elements their 16 random bits, and the blocks of a vector of
+// counters give eight vectors. The product and the sum are rounded separately (no fused
+// multiply-add), so that every backend and instruction set gives the same bits.
 #if defined(__clang__)
 #pragma clang fp contract(off)
 #elif defined(__GNUC__)
@@ -21,7 +21,8 @@ enum EmaMode : int { kEmaNearest = 0, kEmaStochastic = 1 };
 struct EmaItem {
   void* average;
   const void* parameter;
-  double weight;  // 1 - decay; exactly 1 copies the parameter
+  double weight;  // 1 - decay
+  bool copy;      // decay is 0: the parameter itself, also where a + (p - a) would not be it
   int mode;
   uint64_t seed;
   uint32_t tensor, step;
@@ -67,7 +68,8 @@ SOLERA_INLINE EmaProduct multiply(vu a, uint32_t m) {
 struct EmaRandom {
   vu word[4];
 };
-SOLERA_INLINE EmaRandom philox(vu first, uint32_t second, uint32_t third, uint32_t fourth, uint64_t key) {
+SOLERA_INLINE EmaRandom philox(vu first, uint32_t second, uint32_t third, uint32_t fourth,
+                               uint64_t key) {
   vu c0 = first, c1 = vu{} + second, c2 = vu{} + third, c3 = vu{} + fourth;
   uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
   for (int round = 0; round < 10; ++round) {
@@ -82,8 +84,9 @@ SOLERA_INLINE EmaRandom philox(vu first, uint32_t second, uint32_t third, uint32
   return {{c0, c1, c2, c3}};
 }
 
-// float32 to a half by adding random bits below its last place and truncating: the expected value is the
-// input. r holds 16 bits a lane. Infinities and NaN are kept; what passes the largest number is infinite.
+// float32 to a half by adding random bits below its last place and truncating: the expected value
+// is the input. r holds 16 bits a lane. Infinities and NaN are kept; what passes the largest number
+// is infinite.
 SOLERA_INLINE vh round_random(vf x, vu r, bf16) {
   const vu u = bits_as<vu>(x);
   const vu quiet = (u >> 16) | 0x40;
@@ -123,33 +126,38 @@ SOLERA_INLINE typename Vec<A>::type parameter_as(const P* p, int n) {
 }
 
 template <class T, class P>
-SOLERA_INLINE AccVec<T> averaged(const T* average, const P* parameter, typename Acc<T>::type weight, int n) {
+SOLERA_INLINE AccVec<T> averaged(const T* average, const P* parameter, typename Acc<T>::type weight,
+                                 bool copy, int n) {
   const AccVec<T> p = parameter_as<typename Acc<T>::type>(parameter, n);
-  if (weight == 1) return p;
+  if (copy) return p;
   const AccVec<T> a = n == kLanes<T> ? load(average) : load_n(average, n);
   return a + weight * (p - a);
 }
 
 template <class T, class P>
-void update_nearest(T* average, const P* parameter, typename Acc<T>::type weight, int64_t n) {
+void update_nearest(T* average, const P* parameter, typename Acc<T>::type weight, bool copy,
+                    int64_t n) {
   constexpr int L = kLanes<T>;
   int64_t j = 0;
-  for (; j + L <= n; j += L) store(average + j, averaged(average + j, parameter + j, weight, L));
-  if (j < n) store_n(average + j, averaged(average + j, parameter + j, weight, int(n - j)), int(n - j));
+  for (; j + L <= n; j += L)
+    store(average + j, averaged(average + j, parameter + j, weight, copy, L));
+  if (j == n) return;
+  const int rest = int(n - j);
+  store_n(average + j, averaged(average + j, parameter + j, weight, copy, rest), rest);
 }
 
 // Chunks of 1024: the blocks of 128 lanes serve eight slots of 128 elements.
 template <class T, class P>
-void update_stochastic(const EmaItem& item, T* average, const P* parameter, float weight, int64_t offset,
-                       int64_t count) {
+void update_stochastic(const EmaItem& item, T* average, const P* parameter, float weight,
+                       int64_t offset, int64_t count) {
   vu lane;
   for (int i = 0; i < kWords; ++i) lane[i] = uint32_t(i);
   for (int64_t begin = offset; begin < offset + count; begin += 1024) {
     const uint64_t block = uint64_t(begin / 1024) * 128;
     const int64_t left = offset + count - begin;
     for (int64_t first = 0; first < 128 && first < left; first += kWords) {
-      const EmaRandom random = philox(lane + (uint32_t(block) + uint32_t(first)), uint32_t(block >> 32),
-                                      item.tensor, item.step, item.seed);
+      const EmaRandom random = philox(lane + (uint32_t(block) + uint32_t(first)),
+                                      uint32_t(block >> 32), item.tensor, item.step, item.seed);
       for (int slot = 0; slot < 8; ++slot) {
         const int64_t inside = slot * 128 + first;
         const int n = int(left - inside < kWords ? left - inside : kWords);
@@ -157,7 +165,8 @@ void update_stochastic(const EmaItem& item, T* average, const P* parameter, floa
         const vu word = random.word[slot / 2];
         const vu r = slot % 2 == 0 ? word & 0xffffu : word >> 16;
         T* a = average + begin + inside;
-        const vh half = round_random(averaged(a, parameter + begin + inside, weight, n), r, T{});
+        const vh half =
+            round_random(averaged(a, parameter + begin + inside, weight, item.copy, n), r, T{});
         if (n == kWords)
           memcpy((void*)a, &half, sizeof half);
         else
@@ -176,7 +185,7 @@ void update(const EmaItem& item, int64_t offset, int64_t count) {
     if (item.mode == kEmaStochastic)
       return update_stochastic(item, average, parameter, A(item.weight), offset, count);
   }
-  update_nearest(average + offset, parameter + offset, A(item.weight), count);
+  update_nearest(average + offset, parameter + offset, A(item.weight), item.copy, count);
 }
 
 }  // namespace
@@ -193,6 +202,8 @@ const EmaTable ema_table = {{
 }  // namespace solera
 
 #ifdef SOLERA_FRONT
+#include <algorithm>
+
 #include "tensor_lists.h"
 
 namespace solera {
@@ -201,11 +212,39 @@ SOLERA_PICK(EmaTable, ema_table)
 
 namespace {
 
+struct EmaSpan {
+  uintptr_t begin, end;
+  size_t index;  // averages first, then parameters
+};
+
+// Averages are written while others are read: no two may share memory, but for a parameter that is
+// exactly its own average. (Strided tensors are copied first and not looked at here.)
+void refuse_shared_memory(std::vector<EmaSpan>& spans, size_t count) {
+  std::sort(spans.begin(), spans.end(), [](const EmaSpan& a, const EmaSpan& b) {
+    return a.begin != b.begin ? a.begin < b.begin : a.index < b.index;
+  });
+  const EmaSpan *far = nullptr, *far_average = nullptr;  // of those before, which reach furthest
+  for (const EmaSpan& span : spans) {
+    for (const EmaSpan* other : {far, far_average}) {
+      if (other == nullptr || span.begin >= other->end) continue;
+      const bool reads_only = span.index >= count && other->index >= count;
+      const bool itself = span.begin == other->begin && span.end == other->end &&
+                          span.index % count == other->index % count;
+      STD_TORCH_CHECK(reads_only || itself,
+                      "ema_: averages share memory with each other or with parameters");
+    }
+    if (far == nullptr || span.end > far->end) far = &span;
+    if (span.index < count && (far_average == nullptr || span.end > far_average->end))
+      far_average = &span;
+  }
+}
+
 void ema_(const std::vector<Tensor>& averages, const std::vector<Tensor>& parameters, double decay,
           OptTensor seed) {
-  STD_TORCH_CHECK(averages.size() == parameters.size(), "ema_: expected as many parameters as averages (",
-                  averages.size(), "), got ", parameters.size());
-  EmaItem common{nullptr, nullptr, 1 - decay, kEmaNearest, 0, 0, 0};
+  STD_TORCH_CHECK(averages.size() == parameters.size(),
+                  "ema_: expected as many parameters as averages (", averages.size(), "), got ",
+                  parameters.size());
+  EmaItem common{nullptr, nullptr, 1 - decay, decay == 0, kEmaNearest, 0, 0, 0};
   if (seed.has_value()) {
     const int64_t* state = static_cast<const int64_t*>(seed->const_data_ptr());
     common.mode = kEmaStochastic;
@@ -213,10 +252,19 @@ void ema_(const std::vector<Tensor>& averages, const std::vector<Tensor>& parame
     common.step = uint32_t(state[1]);
   }
   const auto& table = pick_ema_table();
-  TensorChunks chunks;
+  TensorChunks chunks(averages.size());
   std::vector<EmaItem> items;
   std::vector<decltype(&table.update[0][0])> kernels;
-  std::vector<Tensor> owners, targets;
+  items.reserve(averages.size());
+  kernels.reserve(averages.size());
+  std::vector<EmaSpan> spans;
+  spans.reserve(2 * averages.size());
+  const auto note = [&](const void* data, const Tensor& t, size_t index) {
+    const auto begin = reinterpret_cast<uintptr_t>(data);
+    const auto bytes = uintptr_t(t.numel()) * t.element_size();
+    if (bytes > 0) spans.push_back({begin, begin + bytes, index});
+  };
+  std::vector<Tensor> owners;
   std::vector<std::pair<size_t, Tensor>> strided;
   for (size_t l = 0; l < averages.size(); ++l) {
     const Tensor& a = averages[l];
@@ -224,16 +272,28 @@ void ema_(const std::vector<Tensor>& averages, const std::vector<Tensor>& parame
     item.tensor = uint32_t(l);
     if (a.is_contiguous()) {
       item.average = a.mutable_data_ptr();
+      note(item.average, a, l);
     } else {
       strided.emplace_back(l, torch::stable::contiguous(a));
       item.average = strided.back().second.mutable_data_ptr();
     }
-    owners.push_back(dense(parameters[l]));
-    item.parameter = owners.back().const_data_ptr();
-    kernels.push_back(&table.update[dtype_of(a)][dtype_of(parameters[l])]);
+    const Tensor& p = parameters[l];
+    const auto shape = a.sizes(), given = p.sizes();
+    bool same = shape.size() == given.size();
+    for (size_t i = 0; same && i < shape.size(); ++i) same = shape[i] == given[i];
+    STD_TORCH_CHECK(same, "ema_: parameter ", l, " differs in shape from its average");
+    if (p.is_contiguous()) {
+      item.parameter = p.const_data_ptr();
+      note(item.parameter, p, averages.size() + l);
+    } else {
+      owners.push_back(torch::stable::contiguous(p));
+      item.parameter = owners.back().const_data_ptr();
+    }
+    kernels.push_back(&table.update[dtype_of(a)][dtype_of(p)]);
     items.push_back(item);
     chunks.add(a.numel());
   }
+  refuse_shared_memory(spans, averages.size());
   chunks.parallel(kListChunk * 8, [&](size_t l, int64_t offset, int64_t count, int64_t) {
     (*kernels[l])(items[l], offset, count);
   });

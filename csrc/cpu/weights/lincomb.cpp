@@ -5,30 +5,32 @@
 // Backward, with G the gradient of out:
 //   dc_k = <G, w_k - base>        dw_k = c_k G        dbase = (1 - sum_k c_k) G
 //
-// Bytes an element of s bytes: forward reads K (+1 with a base) and writes 1; backward reads G, the base
-// and, for dc, the K tensors, and writes what is asked for. Flops: 2K (3K with a base), far below the
-// memory's rate. Up to eight streams are combined in registers; the result of a tile (2048 elements, in
-// L1) is then stored in one go, past the caches when the output is large. More than eight streams pass
-// over the tile in groups of eight, so memory is read once for any K. Dots are summed over a tile in
-// vector lanes, over the tiles of a chunk in double, and over the chunks in order in double.
+// Bytes an element of s bytes: forward reads K (+1 with a base) and writes 1; backward reads G, the
+// base and, for dc, the K tensors, and writes what is asked for. Flops: 2K (3K with a base), far
+// below the memory's rate. Up to eight streams are combined in registers; the result of a tile
+// (2048 elements, in L1) is then stored in one go, past the caches when the output is large. More
+// than eight streams pass over the tile in groups of eight, so memory is read once for any K. Dots
+// are summed over a tile in vector lanes, over the tiles of a chunk in double, and over the chunks
+// in order in double.
 #include "../simd.h"
 
 namespace solera {
 
-// One tensor of the list with its K streams. Dtypes are Dtype codes; coefficients are given in both
-// accumulator types.
-struct LincombItem {
-  const void* const* streams;
-  const int* dtypes;
-  const float* coefficients;
-  const double* coefficients_double;
-  const void* base;  // may be null
-  int base_dtype;
-  int count;  // K
+struct LincombStream {
+  const void* data;
+  int dtype;  // a Dtype code
 };
 struct LincombOutput {
   void* data;
   int dtype;
+};
+// One tensor of the list: its K streams, and K coefficients in both accumulator types.
+struct LincombItem {
+  const LincombStream* streams;
+  const float* coefficients;
+  const double* coefficients_double;
+  LincombStream base;  // data may be null
+  int count;           // K
 };
 struct LincombGradient {
   const void* incoming;  // G
@@ -69,7 +71,8 @@ SOLERA_INLINE void set_scalar(H* p, double v) {
   *p = narrow_one(float(v), H{});
 }
 
-// A vector of accumulators from storage of another dtype; the double/narrow mixture is the slow one.
+// A vector of accumulators from storage of another dtype; the double/narrow mixture is the slow
+// one.
 template <class A, class T>
 SOLERA_INLINE V<A> get_as(const T* p, int n) {
   if constexpr (sizeof(typename Acc<T>::type) == sizeof(A)) {
@@ -126,13 +129,15 @@ const A* as_accumulators(const void* data, int dtype, int64_t offset, int n, A* 
   if (dtype == (sizeof(A) == 8 ? kFloat64 : kFloat32)) return (const A*)data + offset;
   with_type(dtype, [&](auto storage) {
     const auto* p = (const typename decltype(storage)::type*)data + offset;
-    lincomb_strips<kWide<A>>(n, [&](int64_t j, int m) { put_as<A>(tile + j, get_as<A>(p + j, m), m, false); });
+    lincomb_strips<kWide<A>>(
+        n, [&](int64_t j, int m) { put_as<A>(tile + j, get_as<A>(p + j, m), m, false); });
   });
   return tile;
 }
 
-// Calls body(streams, g, base, j) for every whole vector of n elements, then once more for the rest,
-// copied into zero-padded vectors; j is the place in the tile. One copy of the body serves both.
+// Calls body(streams, g, base, j) for every whole vector of n elements, then once more for the
+// rest, copied into zero-padded vectors; j is the place in the tile. One copy of the body serves
+// both.
 template <class A, class T, int K, class F>
 SOLERA_INLINE void each_vector(const T* const* w, const A* g, const A* base, int n, const F& body) {
   constexpr int L = kWide<A>;
@@ -200,13 +205,15 @@ void dot_streams(const T* const* w, const A* g, const A* base, double* dots, int
   for (int k = 0; k < K; ++k) dots[k] += double(lane_sum(sum[k]));
 }
 
-// How many of the streams from k on go together: neighbours of one dtype, 8, 4, 3, 2 or 1 of them. What
-// has to be widened to double goes one at a time.
+// How many of the streams from k on go together: neighbours of one dtype, 8, 4, 3, 2 or 1 of them.
+// What has to be widened to double goes one at a time.
 template <class A>
 SOLERA_INLINE int group_at(const LincombItem& item, int k) {
-  if (sizeof(A) == 8 && item.dtypes[k] != kFloat64) return 1;
+  if (sizeof(A) == 8 && item.streams[k].dtype != kFloat64) return 1;
   int size = 1;
-  while (size < kGroup && k + size < item.count && item.dtypes[k + size] == item.dtypes[k]) ++size;
+  while (size < kGroup && k + size < item.count &&
+         item.streams[k + size].dtype == item.streams[k].dtype)
+    ++size;
   return size == kGroup || size <= 4 ? size : 4;
 }
 
@@ -215,15 +222,16 @@ struct Streams {
   typedef Stored type;
   static constexpr int count = Count;
 };
-// Calls body(pointers at `offset`, Streams<type, size>) for the streams [k, k + size). A float64 stream
-// always comes with the accumulator double.
+// Calls body(pointers at `offset`, Streams<type, size>) for the streams [k, k + size). A float64
+// stream always comes with the accumulator double.
 template <class A, class F>
-SOLERA_INLINE void with_group(const LincombItem& item, int k, int size, int64_t offset, const F& body) {
-  with_type(item.dtypes[k], [&](auto storage) {
+SOLERA_INLINE void with_group(const LincombItem& item, int k, int size, int64_t offset,
+                              const F& body) {
+  with_type(item.streams[k].dtype, [&](auto storage) {
     typedef typename decltype(storage)::type T;
     if constexpr (sizeof(typename Acc<T>::type) <= sizeof(A)) {
       const T* w[kGroup];
-      for (int i = 0; i < size; ++i) w[i] = (const T*)item.streams[k + i] + offset;
+      for (int i = 0; i < size; ++i) w[i] = (const T*)item.streams[k + i].data + offset;
       if constexpr (sizeof(typename Acc<T>::type) == sizeof(A)) switch (size) {
           case 8:
             return body(w, Streams<T, 8>{});
@@ -239,13 +247,16 @@ SOLERA_INLINE void with_group(const LincombItem& item, int k, int size, int64_t 
   });
 }
 
-SOLERA_INLINE const float* coefficients_of(const LincombItem& item, float) { return item.coefficients; }
+SOLERA_INLINE const float* coefficients_of(const LincombItem& item, float) {
+  return item.coefficients;
+}
 SOLERA_INLINE const double* coefficients_of(const LincombItem& item, double) {
   return item.coefficients_double;
 }
 
 template <class A, class T, class G>
-SOLERA_INLINE void add_group(const T* const* w, G, const A* c, const A* base, A* total, int n, bool first) {
+SOLERA_INLINE void add_group(const T* const* w, G, const A* c, const A* base, A* total, int n,
+                             bool first) {
   if (base && first)
     add_streams<A, T, G::count, true, true>(w, c, base, total, n);
   else if (base)
@@ -268,14 +279,14 @@ SOLERA_INLINE void store_tile(const LincombOutput& out, int64_t offset, int n, b
 }
 
 template <class A>
-void lincomb_forward(const LincombItem& item, const LincombOutput& out, int64_t offset, int64_t count,
-                     bool streaming) {
+void lincomb_forward(const LincombItem& item, const LincombOutput& out, int64_t offset,
+                     int64_t count, bool streaming) {
   alignas(64) A total[kTile];
   alignas(64) A base_tile[kTile];
   const A* c = coefficients_of(item, A{});
   for (int64_t start = offset; start < offset + count; start += kTile) {
     const int n = int(offset + count - start < kTile ? offset + count - start : kTile);
-    const A* base = as_accumulators(item.base, item.base_dtype, start, n, base_tile);
+    const A* base = as_accumulators(item.base.data, item.base.dtype, start, n, base_tile);
     for (int k = 0; k < item.count;) {
       const int size = group_at<A>(item, k);
       with_group<A>(item, k, size, start, [&](const auto* const* w, auto group) {
@@ -283,7 +294,8 @@ void lincomb_forward(const LincombItem& item, const LincombOutput& out, int64_t 
       });
       k += size;
     }
-    store_tile<A>(out, start, n, streaming, [&](int64_t j, int m) { return get_as<A>((const A*)total + j, m); });
+    store_tile<A>(out, start, n, streaming,
+                  [&](int64_t j, int m) { return get_as<A>((const A*)total + j, m); });
   }
   if (streaming) stream_fence();
 }
@@ -303,7 +315,7 @@ void lincomb_backward(const LincombItem& item, const LincombGradient& grad, int6
     const int n = int(offset + count - start < kTile ? offset + count - start : kTile);
     const A* g = as_accumulators(grad.incoming, grad.dtype, start, n, incoming_tile);
     if (grad.dots) {
-      const A* base = as_accumulators(item.base, item.base_dtype, start, n, base_tile);
+      const A* base = as_accumulators(item.base.data, item.base.dtype, start, n, base_tile);
       for (int k = 0; k < item.count;) {
         const int size = group_at<A>(item, k);
         with_group<A>(item, k, size, start, [&](const auto* const* w, auto group) {
@@ -338,6 +350,7 @@ const LincombTable lincomb_table = {
 }  // namespace solera
 
 #ifdef SOLERA_FRONT
+#include "lincomb_lists.h"
 #include "tensor_lists.h"
 
 namespace solera {
@@ -349,134 +362,61 @@ namespace {
 // Outputs past this size do not fit the caches beside their inputs, and are stored past them.
 constexpr int64_t kLincombStreamBytes = int64_t(16) << 20;
 
-// The arguments as the kernels want them: pointers, codes and coefficients of each of L items.
-struct LincombLists {
-  int64_t models = 0, length = 0;
-  bool around_base = false;
-  std::vector<Tensor> owners;  // contiguous copies of what was strided
-  std::vector<const void*> streams, bases;
-  std::vector<int> dtypes, base_dtypes;
-  std::vector<float> coefficients;
-  std::vector<double> coefficients_double;
+ScalarType lincomb_scalar_type(int dtype) {
+  return dtype == kFloat32    ? ScalarType::Float
+         : dtype == kFloat64  ? ScalarType::Double
+         : dtype == kBFloat16 ? ScalarType::BFloat16
+                              : ScalarType::Half;
+}
 
-  LincombLists(const std::vector<Tensor>& tensors, const Tensor& c, const std::vector<Tensor>& base,
-               int64_t items)
-      : models(c.size(0)), length(items), around_base(!base.empty()) {
-    STD_TORCH_CHECK(int64_t(tensors.size()) == models * length,
-                    "lincomb: expected ", models * length, " tensors, got ", tensors.size());
-    STD_TORCH_CHECK(c.dim() == 1 || c.size(1) == length, "lincomb: expected ", length,
-                    " columns of coefficients, got ", c.size(1));
-    STD_TORCH_CHECK(base.empty() || int64_t(base.size()) == length, "lincomb: expected ", length,
-                    " base tensors, got ", base.size());
-    const size_t all = size_t(models * length);
-    streams.resize(all);
-    dtypes.resize(all);
-    for (int64_t k = 0; k < models; ++k)
-      for (int64_t l = 0; l < length; ++l)
-        streams[l * models + k] = keep(tensors[k * length + l], dtypes[l * models + k]);
-    bases.resize(base.size());
-    base_dtypes.resize(base.size());
-    for (size_t l = 0; l < base.size(); ++l) bases[l] = keep(base[l], base_dtypes[l]);
-    read_coefficients(c);
-  }
-
-  LincombItem item(int64_t l) const {
-    const int64_t at = l * models;
-    return {&streams[at], &dtypes[at], &coefficients[at], &coefficients_double[at],
-            around_base ? bases[l] : nullptr, around_base ? base_dtypes[l] : 0, int(models)};
-  }
-  // torch's promotion of what goes in: bfloat16 with float16 gives float32.
-  ScalarType promoted(int64_t l) const {
-    int dtype = dtypes[l * models];
-    const auto join = [&](int other) {
-      if (other == dtype) return;
-      dtype = dtype == kFloat64 || other == kFloat64 ? kFloat64 : kFloat32;
-    };
-    for (int64_t k = 1; k < models; ++k) join(dtypes[l * models + k]);
-    if (around_base) join(base_dtypes[l]);
-    return dtype == kFloat32    ? ScalarType::Float
-           : dtype == kFloat64  ? ScalarType::Double
-           : dtype == kBFloat16 ? ScalarType::BFloat16
-                                : ScalarType::Half;
-  }
-  // 1 where item l is computed in double: a float64 among what goes in or comes out.
-  bool wide(int64_t l, int other) const {
-    bool found = other == kFloat64 || (around_base && base_dtypes[l] == kFloat64);
-    for (int64_t k = 0; k < models; ++k) found = found || dtypes[l * models + k] == kFloat64;
-    return found;
-  }
-
- private:
-  const void* keep(const Tensor& t, int& dtype) {
-    dtype = dtype_of(t);
-    if (t.is_contiguous()) return t.const_data_ptr();
-    owners.push_back(torch::stable::contiguous(t));
-    return owners.back().const_data_ptr();
-  }
-  void read_coefficients(const Tensor& given) {
-    const Tensor c = dense(given);
-    const int dtype = dtype_of(c);
-    const void* data = c.const_data_ptr();
-    const auto read = [&](int64_t i) -> double {
-      switch (dtype) {
-        case kFloat32:
-          return static_cast<const float*>(data)[i];
-        case kFloat64:
-          return static_cast<const double*>(data)[i];
-        case kBFloat16:
-          return generic::widen_one(static_cast<const bf16*>(data)[i]);
-        default:
-          return generic::widen_one(static_cast<const f16*>(data)[i]);
-      }
-    };
-    const bool shared = c.dim() == 1;
-    coefficients.resize(size_t(models * length));
-    coefficients_double.resize(coefficients.size());
-    for (int64_t k = 0; k < models; ++k)
-      for (int64_t l = 0; l < length; ++l) {
-        const double value = read(shared ? k : k * length + l);
-        coefficients_double[l * models + k] = value;
-        coefficients[l * models + k] = float(value);
-      }
-  }
+struct LincombTarget {
+  LincombOutput output;
+  bool wide;
 };
 
 void run_lincomb(const LincombLists& lists, const std::vector<Tensor>& out) {
-  TensorChunks chunks;
-  std::vector<LincombOutput> outputs;
-  std::vector<char> wide;
+  TensorChunks chunks(out.size());
+  std::vector<LincombTarget> targets;
+  targets.reserve(out.size());
   int64_t bytes = 0;
   for (int64_t l = 0; l < lists.length; ++l) {
     const int dtype = dtype_of(out[l]);
-    outputs.push_back({out[l].mutable_data_ptr(), dtype});
-    wide.push_back(lists.wide(l, dtype));
-    chunks.add(out[l].numel());
-    bytes += out[l].numel() * int64_t(out[l].element_size());
+    const int64_t elements = out[l].numel();
+    targets.push_back({{out[l].mutable_data_ptr(), dtype}, lists.wide(l, dtype)});
+    chunks.add(elements);
+    bytes += elements * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
   }
   const auto& table = pick_lincomb_table();
   const bool streaming = bytes >= kLincombStreamBytes;
-  chunks.parallel(kListChunk * 4 * (lists.models + 1),
-                  [&](size_t l, int64_t offset, int64_t count, int64_t) {
-                    table.forward[int(wide[l])](lists.item(l), outputs[l], offset, count, streaming);
-                  });
+  chunks.parallel(
+      kListChunk * 4 * (lists.models + 1), [&](size_t l, int64_t offset, int64_t count, int64_t) {
+        const LincombTarget& target = targets[l];
+        table.forward[int(target.wide)](lists.item(l), target.output, offset, count, streaming);
+      });
 }
 
 std::vector<Tensor> lincomb(const std::vector<Tensor>& tensors, const Tensor& coefficients,
                             const std::vector<Tensor>& base, std::optional<ScalarType> out_dtype) {
   const int64_t length = int64_t(tensors.size()) / coefficients.size(0);
-  const LincombLists lists(tensors, coefficients, base, length);
+  const std::vector<Tensor> first(tensors.begin(), tensors.begin() + length);
+  const LincombLists lists(tensors, coefficients, base, first);
+  LincombLists::same_shapes(tensors, first);
+  LincombLists::same_shapes(base, first);
   std::vector<Tensor> out;
   out.reserve(length);
   for (int64_t l = 0; l < length; ++l)
-    out.push_back(empty_like(tensors[l], sizes_of(tensors[l]),
-                             out_dtype.has_value() ? *out_dtype : lists.promoted(l)));
+    out.push_back(
+        empty_like(tensors[l], sizes_of(tensors[l]),
+                   out_dtype.has_value() ? *out_dtype : lincomb_scalar_type(lists.promoted(l))));
   run_lincomb(lists, out);
   return out;
 }
 
 void lincomb_out(const std::vector<Tensor>& tensors, const Tensor& coefficients,
                  const std::vector<Tensor>& base, const std::vector<Tensor>& out) {
-  const LincombLists lists(tensors, coefficients, base, int64_t(out.size()));
+  const LincombLists lists(tensors, coefficients, base, out);
+  LincombLists::same_shapes(tensors, out);
+  LincombLists::same_shapes(base, out);
   std::vector<Tensor> dense_out;
   dense_out.reserve(out.size());
   for (const Tensor& t : out)
@@ -487,21 +427,28 @@ void lincomb_out(const std::vector<Tensor>& tensors, const Tensor& coefficients,
       STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(out[l].get(), dense_out[l].get(), 0));
 }
 
-std::tuple<Tensor, std::vector<Tensor>> lincomb_backward(
-    const std::vector<Tensor>& grads, const std::vector<Tensor>& tensors, const Tensor& coefficients,
-    const std::vector<Tensor>& base, bool need_coefficients, const std::vector<bool>& need_tensors) {
-  const LincombLists lists(tensors, coefficients, base, int64_t(grads.size()));
+std::tuple<Tensor, std::vector<Tensor>> lincomb_backward(const std::vector<Tensor>& grads,
+                                                         const std::vector<Tensor>& tensors,
+                                                         const Tensor& coefficients,
+                                                         const std::vector<Tensor>& base,
+                                                         bool need_coefficients,
+                                                         const std::vector<bool>& need_tensors) {
+  const LincombLists lists(tensors, coefficients, base, grads);
+  if (need_coefficients) {
+    LincombLists::same_shapes(tensors, grads);
+    LincombLists::same_shapes(base, grads);
+  }
   const int64_t K = lists.models, L = lists.length;
   STD_TORCH_CHECK(int64_t(need_tensors.size()) == K * L + (base.empty() ? 0 : L),
                   "lincomb_backward: need_tensors has ", need_tensors.size(), " entries");
-  Tensor dots = empty_like(coefficients, need_coefficients ? std::vector<int64_t>{K, L}
-                                                           : std::vector<int64_t>{0},
+  Tensor dots = empty_like(coefficients,
+                           need_coefficients ? std::vector<int64_t>{K, L} : std::vector<int64_t>{0},
                            ScalarType::Double);
   std::vector<Tensor> gradients, incoming;
   std::vector<LincombOutput> outputs(size_t((K + 1) * L), LincombOutput{nullptr, 0});
   std::vector<int> grad_dtypes;
   std::vector<char> wide;
-  TensorChunks chunks;
+  TensorChunks chunks(grads.size());
   int64_t bytes = 0;
   for (int64_t l = 0; l < L; ++l) {
     incoming.push_back(dense(grads[l]));
@@ -520,7 +467,8 @@ std::tuple<Tensor, std::vector<Tensor>> lincomb_backward(
   std::vector<double> partial(need_coefficients ? size_t(chunks.total() * K) : 0);
   const auto& table = pick_lincomb_table();
   const bool streaming = bytes >= kLincombStreamBytes;
-  chunks.parallel(kListChunk * 4 * (K + 1), [&](size_t l, int64_t offset, int64_t count, int64_t chunk) {
+  chunks.parallel(kListChunk * 4 * (K + 1), [&](size_t l, int64_t offset, int64_t count,
+                                                int64_t chunk) {
     const LincombGradient grad{incoming[l].const_data_ptr(), grad_dtypes[l], &outputs[l * (K + 1)],
                                need_coefficients ? &partial[chunk * K] : nullptr};
     table.backward[int(wide[l])](lists.item(l), grad, offset, count, streaming);

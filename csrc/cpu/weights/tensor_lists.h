@@ -1,18 +1,24 @@
-// Lists of tensors walked as one range of chunks, so that a thousand small tensors cost one parallel
-// region. Included only under SOLERA_FRONT.
+// Lists of tensors walked as one range of chunks, so that a thousand small tensors cost one
+// parallel region. Included only under SOLERA_FRONT.
 #pragma once
 
 #include "../parallel.h"
 
 namespace solera {
 
-// A chunk is a fixed number of elements counted from its tensor's start: what is computed for it does
-// not depend on the other tensors of the list or on the thread count.
+// A chunk is a fixed number of elements counted from its tensor's start: what is computed for it
+// does not depend on the other tensors of the list or on the thread count.
 constexpr int64_t kListChunk = 16384;
 
 class TensorChunks {
  public:
+  explicit TensorChunks(size_t tensors) {
+    sizes_.reserve(tensors);
+    first_.reserve(tensors + 1);
+    first_.push_back(0);
+  }
   void add(int64_t elements) {
+    elements_ += elements;
     sizes_.push_back(elements);
     first_.push_back(first_.back() + (elements + kListChunk - 1) / kListChunk);
   }
@@ -35,24 +41,21 @@ class TensorChunks {
     }
   }
 
-  // The same over all chunks, in parallel; bytes is what one full chunk touches.
+  // The same over all chunks, in parallel; bytes is what one full chunk touches. Small tensors make
+  // small chunks: a task takes as many as come to 64 KiB.
   template <class F>
   void parallel(int64_t bytes, const F& body) const {
-    parallel_for(0, total(), grain(bytes),
-                 [&](int64_t begin, int64_t end) { each(begin, end, body); });
+    if (total() == 0) return;
+    const int64_t mean =
+        int64_t(double(bytes) * double(elements_) / (double(kListChunk) * double(total())));
+    const int64_t grain = 1 + 65536 / (mean + 1);
+    if (total() <= grain) return each(0, total(), body);
+    parallel_for(0, total(), grain, [&](int64_t begin, int64_t end) { each(begin, end, body); });
   }
 
  private:
-  // Small tensors make small chunks: as many of them a task as come to 64 KiB.
-  int64_t grain(int64_t bytes) const {
-    int64_t elements = 0;
-    for (int64_t n : sizes_) elements += n;
-    const double mean = double(bytes) * double(elements) / (double(kListChunk) * double(total() + 1));
-    return mean >= 65536 ? 1 : 1 + int64_t(65536 / (mean + 1));
-  }
-
-  std::vector<int64_t> sizes_;
-  std::vector<int64_t> first_{0};
+  int64_t elements_ = 0;
+  std::vector<int64_t> sizes_, first_;
 };
 
 }  // namespace solera
