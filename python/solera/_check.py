@@ -57,7 +57,9 @@ def like(name: str, value: object, shape: tuple[int, ...], x: Tensor, x_name: st
                 f"convert {name} or {x_name} first"
             )
     if value.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} (that of {x_name}), got {value.device}")
+        raise ValueError(
+            f"{name}: expected device {x.device} (that of {x_name}), got {value.device}"
+        )
 
 
 def same_dtype(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> None:

@@ -106,7 +106,9 @@ def test_optional_arguments(kind, with_weight, with_bias, with_residual):
     g = randn(6, 33)
     for grads in ((g, g), (g, None), (None, g)) if with_residual else ((g, None),):
         ours = run(kind, x, weight, bias, EPS, residual=residual)
-        truth = exact(kind, *(d := double(x, weight, bias))[:3], EPS, residual=(r := double(residual)))
+        truth = exact(
+            kind, *(d := double(x, weight, bias))[:3], EPS, residual=(r := double(residual))
+        )
         wanted = [t for t in (x, residual) if t is not None]
         exact_wanted = [t for t in (d[0], r) if t is not None]
         if grads[0] is not None:
@@ -276,7 +278,9 @@ def test_same_bits_for_any_thread_count_and_batch(kind):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other))
     y = NORMS[kind](x, weight, bias=bias)
     for first, n in ((0, 1), (5, 7), (3, 64)):
-        assert torch.equal(NORMS[kind](x[first : first + n], weight, bias=bias), y[first : first + n])
+        assert torch.equal(
+            NORMS[kind](x[first : first + n], weight, bias=bias), y[first : first + n]
+        )
 
 
 def test_frozen_input_or_weight():
@@ -416,7 +420,11 @@ BAD = [
     (lambda f: f(X, randn(4).to("meta")), ValueError, "weight: expected device"),
     (lambda f: f(X, residual=randn(4)), ValueError, r"residual: expected shape \(3, 4\)"),
     (lambda f: f(X, residual=X.half()), TypeError, "residual: expected torch.float32"),
-    (lambda f: f(X, residual=X, residual_scale=float("nan")), ValueError, "residual_scale: expected"),
+    (
+        lambda f: f(X, residual=X, residual_scale=float("nan")),
+        ValueError,
+        "residual_scale: expected",
+    ),
     (lambda f: f(X, residual_scale=2.0), ValueError, "residual_scale: 2.0 was given without"),
     (lambda f: f(X, eps="small"), TypeError, "eps: expected a number"),
     (lambda f: f(X, eps=-1.0), ValueError, r"eps: expected a finite number in \[0, inf\]"),

@@ -247,6 +247,8 @@ const RowNormTable row_norm_table = {
 }  // namespace solera
 
 #ifdef SOLERA_FRONT
+#include <cmath>
+
 #include "../parallel.h"
 
 namespace solera {
@@ -255,13 +257,17 @@ SOLERA_PICK(RowNormTable, row_norm_table)
 
 namespace {
 
-// weight or bias as a row of the accumulator type with `offset` added; no copy when it already is
-// one.
+// weight or bias as a row of the accumulator type with `offset` added; no copy if it is one
+// already. What does not fit is refused in a word: the public function then says which argument and
+// why.
 struct Row {
   const void* data = nullptr;
   std::optional<Tensor> copy;
-  Row(const OptTensor& t, ScalarType acc, double offset) {
+  Row(const OptTensor& t, int64_t columns, ScalarType acc, double offset) {
     if (!t.has_value()) return;
+    STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == columns &&
+                        (dtype_of(*t) != kFloat64 || acc == ScalarType::Double),
+                    "solera: weight or bias does not fit x");
     const bool ready = t->scalar_type() == acc && t->is_contiguous();
     if (ready && offset == 0) {
       data = t->const_data_ptr();
@@ -290,6 +296,7 @@ struct Shape {
   int64_t rows = 1, columns, row_bytes;
   bool streaming;
   explicit Shape(const Tensor& x) : sizes(x.sizes()), dtype(dtype_of(x)) {
+    STD_TORCH_CHECK(sizes.size() > 0, "solera: x needs a dimension");
     acc = dtype == kFloat64 ? ScalarType::Double : ScalarType::Float;
     columns = sizes[sizes.size() - 1];
     row_bytes = columns * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
@@ -300,6 +307,7 @@ struct Shape {
 
 void run_forward(RowNormForward& p, const Shape& shape) {
   const auto kernel = pick_row_norm_table().forward[shape.dtype];
+  STD_TORCH_CHECK(p.eps >= 0 && p.eps < INFINITY, "solera: eps must be finite and not negative");
   if (shape.columns == 0) return;
   parallel_for(0, shape.rows, grain_for(shape.row_bytes),
                [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
@@ -310,7 +318,8 @@ Tensor row_norm(const Tensor& x_in, OptTensor weight, OptTensor bias, double eps
   const Tensor x = dense(x_in);
   const Shape shape(x);
   Tensor y = empty_like(x, shape.sizes);
-  const Row w(weight, shape.acc, weight_offset), b(bias, shape.acc, 0);
+  const Row w(weight, shape.columns, shape.acc, weight_offset);
+  const Row b(bias, shape.columns, shape.acc, 0);
   RowNormForward p{
       x.const_data_ptr(), nullptr, w.data, b.data,  y.mutable_data_ptr(), nullptr, nullptr, nullptr,
       shape.columns,      eps,     0,      centred, shape.streaming};
@@ -330,7 +339,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_stats(const Tensor& x_in, Op
   Tensor u = empty_like(x, residual_in.has_value() ? shape.sizes : none);
   Tensor mean = empty_like(x, centred ? leading : none, shape.acc);
   Tensor rstd = empty_like(x, leading, shape.acc);
-  const Row w(weight, shape.acc, weight_offset), b(bias, shape.acc, 0);
+  const Row w(weight, shape.columns, shape.acc, weight_offset);
+  const Row b(bias, shape.columns, shape.acc, 0);
   Tensor residual;
   if (residual_in.has_value()) residual = dense(*residual_in);
   RowNormForward p{x.const_data_ptr(),
@@ -367,7 +377,7 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_backward(const Tensor& dy_in, OptTen
     torch::stable::fill_(*weight, 1.0);
     weight_offset = 0;
   }
-  const Row w(weight, acc, weight_offset);
+  const Row w(weight, shape.columns, acc, weight_offset);
   const int64_t chunks = (shape.rows + kChunkRows - 1) / kChunkRows;
   const int64_t zero[] = {0}, part[] = {chunks, shape.columns};
   const Sizes none(zero, 1), one(part + 1, 1), all(part, 2);

@@ -1,4 +1,4 @@
-// Sinkhorn iterations on a dense cost matrix, in the log domain, and the plan they define.
+// Sinkhorn iterations on a dense cost matrix, in the log domain.
 //
 // In base 2: K = log2(e) / epsilon, F = K f, G = K g, and E_ij = 2^(F_i + G_j - K C_ij); the plan is
 // a_i b_j E_ij. One iteration of the textbook makes two passes with an exponential each:
@@ -16,7 +16,7 @@
 // An iteration on n x m: reads n m elements of C, n m exponentials, 10 vector operations each or so; the
 // buffers stay in L1/L2. Row blocks depend on the shape alone and their column sums are added in order:
 // same bits for any number of threads, and for any batch.
-#include "../simd.h"
+#include "../exponential.h"
 
 namespace solera {
 
@@ -34,23 +34,15 @@ struct SinkhornProblem {
 };
 constexpr int64_t kSinkhornColumns = 256;  // columns finished at a time
 constexpr int kSinkhornRows = 4;           // rows in flight, each with a buffer of `stride`
-
-struct SinkhornPlan {
-  const void *cost, *a, *b, *f, *g;  // a (n), b (m), f (n), g (m)
-  const void *x, *y;                 // out = E * (x b^T + a y^T); y may be null
-  void* out;
-  const void* grad;                  // backward only: the gradient of the plan
-  void *row_sum, *partial;           // sum_j grad b E (n); sum_i grad a E, [blocks][m]
-  int64_t n, m, block_rows;
-  double kappa, epsilon;
-};
+constexpr int kSinkhornGroup = 64;         // rows whose logarithms are taken together
 
 struct SinkhornTable {
   void (*row_pass)(const SinkhornProblem&, void* buffer, int64_t first, int64_t last, bool evaluate);
   void (*column_pass)(const SinkhornProblem&, int64_t first, int64_t last);
-  void (*plan)(const SinkhornPlan&, int64_t first_row, int64_t last_row);
-  void (*plan_backward)(const SinkhornPlan&, int64_t first_block, int64_t last_block);
   int64_t lanes;
+};
+struct SinkhornTables {
+  SinkhornTable float32, float64;
 };
 
 namespace SOLERA_ISA {
@@ -59,154 +51,37 @@ namespace {
 template <class T>
 using V = AccVec<T>;
 
+// Where a row sum or a column sum computed with the old potential as its shift is believed.
 template <class T>
 struct Range;
 template <>
 struct Range<float> {
   static constexpr float row_low = 1e-10f, row_high = 1e10f, column_low = 1e-20f, column_high = 1e20f;
-  static constexpr float smallest = -126.0f, largest = 128.0f, biggest = 3.4028234e38f;
+  static constexpr float biggest = 3.4028234e38f;
 };
 template <>
 struct Range<double> {
   static constexpr double row_low = 1e-100, row_high = 1e100, column_low = 1e-150, column_high = 1e150;
-  static constexpr double smallest = -1022.0, largest = 1024.0, biggest = 1.7976931348623157e308;
+  static constexpr double biggest = 1.7976931348623157e308;
 };
 
-// max(low, x) that hands a NaN in x on.
-template <class W, class S>
-SOLERA_INLINE W at_least(S low, W x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) return (W)_mm512_max_ps((__m512)splat(low), (__m512)x);
-  else return (W)_mm512_max_pd((__m512d)splat(low), (__m512d)x);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(S) == 4) return (W)_mm256_max_ps((__m256)splat(low), (__m256)x);
-  else return (W)_mm256_max_pd((__m256d)splat(low), (__m256d)x);
-#else
-  return splat(low) > x ? splat(low) : x;
-#endif
-}
-template <class W, class S>
-SOLERA_INLINE W at_most(S high, W x) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) return (W)_mm512_min_ps((__m512)splat(high), (__m512)x);
-  else return (W)_mm512_min_pd((__m512d)splat(high), (__m512d)x);
-#elif defined(__AVX2__)
-  if constexpr (sizeof(S) == 4) return (W)_mm256_min_ps((__m256)splat(high), (__m256)x);
-  else return (W)_mm256_min_pd((__m256d)splat(high), (__m256d)x);
-#else
-  return splat(high) < x ? splat(high) : x;
-#endif
-}
-
-// Minimax polynomials of 2^t on [0, 1] (AVX-512) and on [-1/2, 1/2] (elsewhere), relative error
-// 7.5e-8 for float and 3e-18 for double before rounding.
-SOLERA_INLINE vf power(vf t) {
-#if defined(__AVX512F__)
-  vf p = splat(0.001877576766f);
-  p = p * t + 0.008989339877f;
-  p = p * t + 0.05582631823f;
-  p = p * t + 0.240153617f;
-  p = p * t + 0.6931530732f;
-  p = p * t + 0.9999999251f;
-#else
-  vf p = splat(0.001327647263f);
-  p = p * t + 0.009675541343f;
-  p = p * t + 0.05550713272f;
-  p = p * t + 0.2402211972f;
-  p = p * t + 0.6931469671f;
-  p = p * t + 1.000000072f;
-#endif
-  return p;
-}
-SOLERA_INLINE vd power(vd t) {
-#if defined(__AVX512F__)
-  vd p = splat(6.27243695713783512e-10);
-  p = p * t + 6.5544557738570504e-9;
-  p = p * t + 1.02544577142324723e-7;
-  p = p * t + 1.320819344985004e-6;
-  p = p * t + 0.0000152531902527511925;
-  p = p * t + 0.000154035114462742881;
-  p = p * t + 0.00133335586615834706;
-  p = p * t + 0.00961812909879244896;
-  p = p * t + 0.0555041086657111632;
-  p = p * t + 0.240226506959054712;
-  p = p * t + 0.693147180559946235;
-  p = p * t + 0.999999999999999997;
-#else
-  vd p = splat(4.43528270695727715e-10);
-  p = p * t + 7.0741056135081428e-9;
-  p = p * t + 1.01781980216719308e-7;
-  p = p * t + 1.32154330896763992e-6;
-  p = p * t + 0.0000152527334899885256;
-  p = p * t + 0.000154035304625144321;
-  p = p * t + 0.00133335581467899217;
-  p = p * t + 0.00961812910758833524;
-  p = p * t + 0.0555041086648199216;
-  p = p * t + 0.240226506959101562;
-  p = p * t + 0.69314718055994533;
-  p = p * t + 0.999999999999999997;
-#endif
-  return p;
-}
-
-// 2^x, never below the smallest normal number; inf from `largest` on; NaN stays NaN.
-SOLERA_INLINE vf fast_exp2(vf x) {
-  x = at_least(Range<float>::smallest, x);
-#if defined(__AVX512F__)
-  // scalef takes the floor of its second operand itself.
-  vf t = (vf)_mm512_reduce_ps((__m512)x, 1);
-  return (vf)_mm512_scalef_ps((__m512)power(t), (__m512)x);
-#else
-  x = at_most(Range<float>::largest, x);
-  vf shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer part ends up in the low bits
-  vf t = x - (shifted - 12582912.0f);
-  return bits_as<vf>(bits_as<vi>(power(t)) + (bits_as<vi>(shifted) << 23));
-#endif
-}
-SOLERA_INLINE vd fast_exp2(vd x) {
-  x = at_least(Range<double>::smallest, x);
-#if defined(__AVX512F__)
-  vd t = (vd)_mm512_reduce_pd((__m512d)x, 1);
-  return (vd)_mm512_scalef_pd((__m512d)power(t), (__m512d)x);
-#else
-  x = at_most(Range<double>::largest, x);
-  vd shifted = x + 6755399441055744.0;  // 1.5 * 2^52
-  vd t = x - (shifted - 6755399441055744.0);
-  return bits_as<vd>(bits_as<vl>(power(t)) + (bits_as<vl>(shifted) << 52));
-#endif
-}
-
-// log2 of positive normal numbers: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1)).
-SOLERA_INLINE vf fast_log2(vf x) {
-  vi bits = bits_as<vi>(x) - 0x3f3504f3;
-  vf e = __builtin_convertvector(bits >> 23, vf);
-  vf m = bits_as<vf>((bits & 0x7fffff) + 0x3f3504f3);
-  vf s = (m - 1.0f) / (m + 1.0f), q = s * s;
-  vf p = splat(2.0f / 9) * q + 2.0f / 7;
-  p = p * q + 2.0f / 5;
-  p = p * q + 2.0f / 3;
-  p = p * q + 2.0f;
-  return e + p * s * 1.44269504088896341f;
-}
-SOLERA_INLINE vd fast_log2(vd x) {
-  vl bits = bits_as<vl>(x) - 0x3fe6a09e667f3bcdll;
-  vd e = __builtin_convertvector(bits >> 52, vd);
-  vd m = bits_as<vd>((bits & 0xfffffffffffffll) + 0x3fe6a09e667f3bcdll);
-  vd s = (m - 1.0) / (m + 1.0), q = s * s, p = splat(2.0 / 23);
-  for (int k = 21; k >= 1; k -= 2) p = p * q + 2.0 / k;
-  return e + p * s * 1.4426950408889634074;
-}
 SOLERA_INLINE float log2_of(float x) { return __builtin_log2f(x); }
 SOLERA_INLINE double log2_of(double x) { return __builtin_log2(x); }
 SOLERA_INLINE double exp2_of(double x) { return __builtin_exp2(x); }
 
-template <class T>
-SOLERA_INLINE V<T> load_tail(const T* p, int n) {
+// lane_sum (the same order of additions) without leaving the registers.
+SOLERA_INLINE float total_of(vf v) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (V<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-  else return (V<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+  return _mm512_reduce_add_ps((__m512)v);
 #else
-  return load_n(p, n);
+  return lane_sum(v);
+#endif
+}
+SOLERA_INLINE double total_of(vd v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  return lane_sum(v);
 #endif
 }
 template <class T>
@@ -246,8 +121,9 @@ __attribute__((noinline)) T exact_row(const SinkhornProblem& p, const T* row, T*
 }
 
 template <class T, int R>
-SOLERA_INLINE void few_rows(const SinkhornProblem& p, int64_t i, T* buffer, T* partial, double& error,
-                            double& mass, int64_t& dead, bool evaluate) {
+SOLERA_INLINE bool few_rows(const SinkhornProblem& p, int64_t i, T* sums, T* exact, T* buffer,
+                            T* partial, double& error, double& mass, int64_t& dead, bool evaluate) {
+  bool all_good = true;
   constexpr int L = kLanes<T>;
   const T *G = (const T*)p.g, *a = (const T*)p.a, *b = (const T*)p.b, *F = (const T*)p.f_old;
   const T kappa = T(p.kappa);
@@ -279,49 +155,47 @@ SOLERA_INLINE void few_rows(const SinkhornProblem& p, int64_t i, T* buffer, T* p
     one(j, c);
   }
   for (int r = 0; r < R; ++r) {
-    sum[r] = lane_sum(total[r]);
+    sum[r] = total_of(total[r]);
     const T weight = a[i + r];
-    T potential;
-    double state;
-    if (sum[r] > Range<T>::row_low && sum[r] < Range<T>::row_high) {
-      potential = old[r] - log2_of(sum[r]);
-      state = double(sum[r]);
-      scale[r] = weight / sum[r];
-    } else {
+    double state = double(sum[r]);
+    sums[r] = sum[r];
+    scale[r] = weight / sum[r];
+    if (!(sum[r] > Range<T>::row_low && sum[r] < Range<T>::row_high)) {
       T log_sum;
-      T* w = buffer + r * p.stride;
-      const T s = exact_row<T>(p, row[r], w, log_sum);
+      const T s = exact_row<T>(p, row[r], buffer + r * p.stride, log_sum);
+      all_good = false;
+      sums[r] = -1;
       scale[r] = weight / s;
+      exact[r] = -log_sum;
       if (log_sum == -T(__builtin_inf()) && weight == 0) {
         // A padded row: no allowed pair and no mass. Its potential is 0 by convention.
-        potential = 0;
-        scale[r] = 0;
+        exact[r] = scale[r] = 0;
         state = 1;
       } else if (!(s > 0) || !(log_sum - log_sum == 0)) {
         dead = 1;
-        potential = T(__builtin_nan(""));
+        exact[r] = T(__builtin_nan(""));
         state = __builtin_nan("");
       } else {
-        potential = -log_sum;
-        double exponent = double(old[r]) + double(log_sum);
+        const double exponent = double(old[r]) + double(log_sum);
         state = exp2_of(exponent > 126 ? 126 : exponent);
       }
     }
-    ((T*)p.f_new)[i + r] = potential;
     error += double(weight) * __builtin_fabs(state - 1);
     mass += double(weight) * state;
   }
-  if (evaluate) return;
+  if (evaluate) return all_good;
   for (int64_t j = 0; j < p.stride; j += L) {
     V<T> c = load(partial + j);
     for (int r = 0; r < R; ++r) c += scale[r] * load(buffer + r * p.stride + j);
     store(partial + j, c);
   }
+  return all_good;
 }
 
 template <class T>
 void row_pass(const SinkhornProblem& p, void* buffer_, int64_t first, int64_t last, bool evaluate) {
-  constexpr int R = kSinkhornRows;
+  constexpr int R = kSinkhornRows, L = kLanes<T>;
+  const FlushSubnormals flush;
   T* buffer = (T*)buffer_;
   for (int64_t block = first; block < last; ++block) {
     int64_t i = block * p.block_rows;
@@ -330,8 +204,28 @@ void row_pass(const SinkhornProblem& p, void* buffer_, int64_t first, int64_t la
     double error = 0, mass = 0;
     int64_t dead = 0;
     memset((void*)partial, 0, size_t(p.stride) * sizeof(T));
-    for (; i + R <= end; i += R) few_rows<T, R>(p, i, buffer, partial, error, mass, dead, evaluate);
-    for (; i < end; ++i) few_rows<T, 1>(p, i, buffer, partial, error, mass, dead, evaluate);
+    while (i < end) {
+      // The sums of a group first, then their logarithms a vector at a time.
+      T sums[kSinkhornGroup], exact[kSinkhornGroup];
+      const int count = int(end - i < kSinkhornGroup ? end - i : kSinkhornGroup);
+      bool good = true;
+      int r = 0;
+      for (; r + R <= count; r += R)
+        good &= few_rows<T, R>(p, i + r, sums + r, exact + r, buffer, partial, error, mass, dead,
+                               evaluate);
+      for (; r < count; ++r)
+        good &= few_rows<T, 1>(p, i + r, sums + r, exact + r, buffer, partial, error, mass, dead,
+                               evaluate);
+      for (r = 0; r < count; r += L) {
+        const int lanes = count - r < L ? count - r : L;
+        store_n((T*)p.f_new + i + r,
+                load_tail((const T*)p.f_old + i + r, lanes) - fast_log2(load_tail(sums + r, lanes)),
+                lanes);
+      }
+      for (r = 0; !good && r < count; ++r)
+        if (sums[r] < 0) ((T*)p.f_new)[i + r] = exact[r];
+      i += count;
+    }
     p.error[block] = error;
     p.mass[block] = mass;
     p.dead[block] = dead;
@@ -377,6 +271,7 @@ __attribute__((noinline)) int64_t exact_columns(const SinkhornProblem& p, const 
 template <class T>
 void column_pass(const SinkhornProblem& p, int64_t first, int64_t last) {
   constexpr int L = kLanes<T>;
+  const FlushSubnormals flush;
   const T low = T(Range<T>::column_low * p.total_a), high = Range<T>::column_high;
   T* G = (T*)p.g;
   for (int64_t chunk = first; chunk < last; ++chunk) {
@@ -406,82 +301,246 @@ void column_pass(const SinkhornProblem& p, int64_t first, int64_t last) {
   }
 }
 
-// E, with what is below the normal numbers as 0, and no infinity (a zero weight times it is 0).
-template <class T>
-SOLERA_INLINE V<T> kernel_of(V<T> exponent) {
-  const V<T> value = fast_exp2(at_most(T(Range<T>::largest - 1), exponent));
-  return exponent < Range<T>::smallest ? V<T>{} : value;
-}
-
-template <class T>
-void plan(const SinkhornPlan& p, int64_t first, int64_t last) {
-  constexpr int L = kLanes<T>;
-  const T *f = (const T*)p.f, *g = (const T*)p.g, *a = (const T*)p.a, *b = (const T*)p.b;
-  const T *x = (const T*)p.x, *y = (const T*)p.y;
-  const T kappa = T(p.kappa);
-  for (int64_t i = first; i < last; ++i) {
-    const T* row = (const T*)p.cost + i * p.m;
-    T* out = (T*)p.out + i * p.m;
-    const auto value = [&](V<T> c, V<T> gj, V<T> bj, V<T> yj) {
-      return kernel_of<T>(kappa * ((f[i] - c) + gj)) * (x[i] * bj + a[i] * yj);
-    };
-    int64_t j = 0;
-    for (; j + L <= p.m; j += L)
-      store(out + j, value(load(row + j), load(g + j), load(b + j), y ? load(y + j) : V<T>{}));
-    if (j < p.m) {
-      const int k = int(p.m - j);
-      store_n(out + j, value(load_tail(row + j, k), load_tail(g + j, k), load_tail(b + j, k),
-                             y ? load_tail(y + j, k) : V<T>{}), k);
-    }
-  }
-}
-
-template <class T>
-void plan_backward(const SinkhornPlan& p, int64_t first, int64_t last) {
-  constexpr int L = kLanes<T>;
-  const T *f = (const T*)p.f, *g = (const T*)p.g, *a = (const T*)p.a, *b = (const T*)p.b;
-  const T kappa = T(p.kappa), slope = T(-1 / p.epsilon);
-  for (int64_t block = first; block < last; ++block) {
-    const int64_t begin = block * p.block_rows;
-    const int64_t end = begin + p.block_rows < p.n ? begin + p.block_rows : p.n;
-    T* partial = (T*)p.partial + block * p.m;
-    memset((void*)partial, 0, size_t(p.m) * sizeof(T));
-    for (int64_t i = begin; i < end; ++i) {
-      const T *row = (const T*)p.cost + i * p.m, *grad = (const T*)p.grad + i * p.m;
-      T* out = (T*)p.out + i * p.m;
-      V<T> sum{};
-      const auto value = [&](V<T> c, V<T> gj, V<T> bj, V<T> d, V<T>& column) {
-        V<T> e = kernel_of<T>(kappa * ((f[i] - c) + gj));
-        V<T> be = bj * e, ae = a[i] * e;
-        sum += d * be;
-        column += d * ae;
-        return slope * (d * (a[i] * be));
-      };
-      int64_t j = 0;
-      for (; j + L <= p.m; j += L) {
-        V<T> column = load(partial + j);
-        store(out + j, value(load(row + j), load(g + j), load(b + j), load(grad + j), column));
-        store(partial + j, column);
-      }
-      if (j < p.m) {
-        const int k = int(p.m - j);
-        V<T> column = load_tail(partial + j, k);
-        store_n(out + j, value(load_tail(row + j, k), load_tail(g + j, k), load_tail(b + j, k),
-                               load_tail(grad + j, k), column), k);
-        store_n(partial + j, column, k);
-      }
-      ((T*)p.row_sum)[i] = lane_sum(sum);
-    }
-  }
-}
-
 }  // namespace
 
-extern const SinkhornTable sinkhorn_table[2];
-const SinkhornTable sinkhorn_table[2] = {
-    {row_pass<float>, column_pass<float>, plan<float>, plan_backward<float>, kLanes<float>},
-    {row_pass<double>, column_pass<double>, plan<double>, plan_backward<double>, kLanes<double>},
+extern const SinkhornTables sinkhorn_tables;
+const SinkhornTables sinkhorn_tables = {
+    {row_pass<float>, column_pass<float>, kLanes<float>},
+    {row_pass<double>, column_pass<double>, kLanes<double>},
 };
 
 }  // namespace SOLERA_ISA
 }  // namespace solera
+
+#ifdef SOLERA_FRONT
+#include <cmath>
+
+#include "../parallel.h"
+
+namespace solera {
+
+SOLERA_PICK(SinkhornTables, sinkhorn_tables)
+
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074;
+
+// Rows whose column sums are added up before they meet those of the other blocks. A matter of the shape
+// alone, so that the bits are; at most 256 blocks.
+int64_t rows_per_block(int64_t n) {
+  const int64_t even = (n + 255) / 256;
+  return even <= 64 ? 64 : (even + 3) / 4 * 4;
+}
+
+// Runs body(worker, first, last) over [0, count): `workers` equal shares, at once or one after another.
+template <class F>
+void share(int64_t workers, int64_t count, const F& body) {
+  if (workers <= 1) {
+    if (count > 0) body(0, int64_t(0), count);
+    return;
+  }
+  parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t w = begin; w < end; ++w) {
+      const int64_t first = count * w / workers, last = count * (w + 1) / workers;
+      if (first < last) body(w, first, last);
+    }
+  });
+}
+
+struct SinkhornOptions {
+  double epsilon, tolerance;
+  int64_t max_iterations, check_every;
+};
+
+// All that one problem needs besides its inputs, for `workers` threads: nothing grows with iterations.
+template <class T>
+struct SinkhornScratch {
+  int64_t n, m, stride, block_rows, blocks, chunks, workers;
+  Tensor memory;
+  T *f[2], *g, *b, *log_a, *log_b, *partial, *buffer;
+  double *error, *mass;
+  int64_t* dead;
+
+  SinkhornScratch(const Tensor& like, int64_t n, int64_t m, int64_t lanes, int64_t workers)
+      : n(n), m(m), stride((m + lanes - 1) / lanes * lanes), block_rows(rows_per_block(n)),
+        blocks((n + block_rows - 1) / block_rows),
+        chunks((m + kSinkhornColumns - 1) / kSinkhornColumns), workers(workers) {
+    int64_t bytes = 0;
+    const auto take = [&](int64_t count, int64_t size) {
+      const int64_t at = bytes;
+      bytes += (count * size + 63) / 64 * 64;
+      return at;
+    };
+    const int64_t size = sizeof(T);
+    const int64_t at[] = {take(n, size), take(n, size), take(stride, size), take(stride, size),
+                          take(n, size), take(stride, size), take(blocks * stride, size),
+                          take(workers * kSinkhornRows * stride, size), take(blocks, 8),
+                          take(blocks, 8), take(blocks + chunks, 8)};
+    memory = empty_like(like, {bytes / size + 1});
+    char* base = static_cast<char*>(memory.mutable_data_ptr());
+    T** const elements[] = {&f[0], &f[1], &g, &b, &log_a, &log_b, &partial, &buffer};
+    for (int k = 0; k < 8; ++k) *elements[k] = reinterpret_cast<T*>(base + at[k]);
+    error = reinterpret_cast<double*>(base + at[8]);
+    mass = reinterpret_cast<double*>(base + at[9]);
+    dead = reinterpret_cast<int64_t*>(base + at[10]);
+  }
+};
+
+template <class T>
+struct SinkhornIo {
+  const T *cost, *a, *b, *f_init, *g_init;  // the potentials to start from may be null
+  T *f, *g, *value, *error;
+  int64_t* iterations;
+  bool* converged;
+};
+
+// Total of a weight vector in double, or NaN if a weight is negative, NaN or infinite.
+template <class T>
+double total_weight(const T* weight, int64_t count) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += weight[i] >= 0 ? double(weight[i]) : NAN;
+  return std::isfinite(total) ? total : NAN;
+}
+
+template <class T>
+void solve(const SinkhornTable& table, const SinkhornOptions& options, const SinkhornIo<T>& io,
+           SinkhornScratch<T>& s) {
+  const int64_t n = s.n, m = s.m;
+  const double kappa = kLog2E / options.epsilon;
+  const double total_a = total_weight(io.a, n), total_b = total_weight(io.b, m);
+  SinkhornProblem p{io.cost, io.a, s.b, s.log_a, s.log_b, nullptr, nullptr, s.g, s.partial, s.error,
+                    s.mass, s.dead, n, m, s.stride, s.block_rows, s.blocks, kappa, total_a};
+  for (int64_t i = 0; i < n; ++i) {
+    s.f[0][i] = io.f_init ? T(kappa * io.f_init[i]) : T(0);
+    s.log_a[i] = std::log2(io.a[i]);
+  }
+  for (int64_t j = 0; j < s.stride; ++j) {
+    const bool real = j < m;
+    s.g[j] = real ? (io.g_init ? T(kappa * io.g_init[j]) : T(0)) : T(-1e30);
+    s.b[j] = real ? io.b[j] : T(0);
+    s.log_b[j] = std::log2(s.b[j]);
+  }
+
+  // The error of the state before a row pass, or NaN where that pass found no finite potential.
+  double error = NAN, mass = NAN;
+  bool alive = total_a > 0 && total_b > 0;
+  const auto row_pass = [&](int64_t old, bool evaluate) {
+    p.f_old = s.f[old];
+    p.f_new = s.f[1 - old];
+    share(s.workers, s.blocks, [&](int64_t worker, int64_t first, int64_t last) {
+      table.row_pass(p, s.buffer + worker * kSinkhornRows * s.stride, first, last, evaluate);
+    });
+    error = mass = 0;
+    for (int64_t k = 0; k < s.blocks; ++k) {
+      error += s.error[k];
+      mass += s.mass[k];
+      if (s.dead[k]) alive = false;
+    }
+  };
+  int64_t current = 0, iteration = 0;
+  bool evaluated = false;
+  while (alive && iteration < options.max_iterations) {
+    row_pass(current, false);
+    if (options.tolerance > 0 && iteration > 0 && iteration % options.check_every == 0 &&
+        error <= options.tolerance) {
+      evaluated = true;  // f_old and g are the converged state: the new row potentials are dropped
+      break;
+    }
+    if (!alive) break;
+    // A few microseconds of sums are not worth waking the threads for.
+    const int64_t workers = s.blocks * m < 65536 ? 1 : s.workers;
+    share(workers, s.chunks, [&](int64_t, int64_t first, int64_t last) {
+      table.column_pass(p, first, last);
+    });
+    for (int64_t k = 0; k < s.chunks; ++k)
+      if (s.dead[s.blocks + k]) alive = false;
+    current = 1 - current;
+    ++iteration;
+  }
+  if (alive && !evaluated) row_pass(current, true);
+  *io.iterations = iteration;
+  if (!alive) {
+    const T none = T(NAN);
+    for (int64_t i = 0; i < n; ++i) io.f[i] = none;
+    for (int64_t j = 0; j < m; ++j) io.g[j] = none;
+    *io.value = *io.error = none;
+    *io.converged = false;
+    return;
+  }
+  // The gauge <a, f> = <b, g>, and the dual value <a, f> + <b, g> - epsilon (sum_ij P_ij - a_i b_j).
+  const T* F = s.f[current];
+  double af = 0, bg = 0;
+  for (int64_t i = 0; i < n; ++i) af += double(io.a[i]) * double(F[i]);
+  for (int64_t j = 0; j < m; ++j) bg += double(io.b[j]) * double(s.g[j]);
+  const double shift = (bg - af) / (total_a + total_b);
+  for (int64_t i = 0; i < n; ++i) io.f[i] = T((double(F[i]) + shift) / kappa);
+  for (int64_t j = 0; j < m; ++j) io.g[j] = T((double(s.g[j]) - shift) / kappa);
+  *io.value = T((af + bg + shift * (total_a - total_b)) / kappa -
+                options.epsilon * (mass - total_a * total_b));
+  *io.error = T(error);
+  *io.converged = error <= options.tolerance;
+}
+
+template <class T>
+void solve_all(const SinkhornTable& table, const SinkhornOptions& options, const Tensor& like,
+               const SinkhornIo<T>& io, int64_t batch, int64_t n, int64_t m) {
+  const auto item = [&](int64_t k) {
+    return SinkhornIo<T>{io.cost + k * n * m, io.a + k * n, io.b + k * m,
+                         io.f_init ? io.f_init + k * n : nullptr,
+                         io.g_init ? io.g_init + k * m : nullptr,
+                         io.f + k * n, io.g + k * m, io.value + k, io.error + k, io.iterations + k,
+                         io.converged + k};
+  };
+  // Waking the threads at every iteration pays from some 128k elements on; a batch that gives every
+  // thread problems of its own is split between problems instead. Neither changes a bit.
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  const bool large = n * m >= 131072;
+  if (large && batch < 2 * threads) {
+    SinkhornScratch<T> scratch(like, n, m, table.lanes, threads);
+    for (int64_t k = 0; k < batch; ++k) solve(table, options, item(k), scratch);
+    return;
+  }
+  parallel_for(0, batch, grain_for(n * m * int64_t(sizeof(T))), [&](int64_t begin, int64_t end) {
+    SinkhornScratch<T> scratch(like, n, m, table.lanes, 1);
+    for (int64_t k = begin; k < end; ++k) solve(table, options, item(k), scratch);
+  });
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> sinkhorn_dense(
+    const Tensor& cost_in, const Tensor& a_in, const Tensor& b_in, OptTensor f_in, OptTensor g_in,
+    double epsilon, int64_t max_iterations, double tolerance, int64_t check_every) {
+  const Tensor cost = dense(cost_in), a = dense(a_in), b = dense(b_in);
+  const int64_t batch = cost.size(0), n = cost.size(1), m = cost.size(2);
+  Tensor f0, g0;
+  if (f_in.has_value()) f0 = dense(*f_in);
+  if (g_in.has_value()) g0 = dense(*g_in);
+  Tensor f = empty_like(cost, {batch, n}), g = empty_like(cost, {batch, m});
+  Tensor value = empty_like(cost, {batch}), error = empty_like(cost, {batch});
+  Tensor iterations = empty_like(cost, {batch}, ScalarType::Long);
+  Tensor converged = empty_like(cost, {batch}, ScalarType::Bool);
+  const SinkhornOptions options{epsilon, tolerance, max_iterations, check_every};
+  const auto run = [&](auto zero, const SinkhornTable& table) {
+    using T = decltype(zero);
+    const auto in = [](const Tensor& t) { return static_cast<const T*>(t.const_data_ptr()); };
+    const auto out = [](Tensor& t) { return static_cast<T*>(t.mutable_data_ptr()); };
+    const SinkhornIo<T> io{in(cost), in(a), in(b), f_in.has_value() ? in(f0) : nullptr,
+                           g_in.has_value() ? in(g0) : nullptr, out(f), out(g), out(value), out(error),
+                           static_cast<int64_t*>(iterations.mutable_data_ptr()),
+                           static_cast<bool*>(converged.mutable_data_ptr())};
+    solve_all<T>(table, options, cost, io, batch, n, m);
+  };
+  if (dtype_of(cost) == kFloat64)
+    run(double(0), pick_sinkhorn_tables().float64);
+  else
+    run(float(0), pick_sinkhorn_tables().float32);
+  return {f, g, value, iterations, error, converged};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {
+  m.impl("sinkhorn_dense", TORCH_BOX(&sinkhorn_dense));
+}
+
+}  // namespace solera
+#endif  // SOLERA_FRONT

@@ -1,0 +1,5 @@
+"""Batched ensemble forward passes: many models evaluated as one."""
+
+from .batch_ensemble import batch_ensemble_linear, ensemble_linear
+
+__all__ = ["batch_ensemble_linear", "ensemble_linear"]

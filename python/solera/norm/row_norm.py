@@ -23,10 +23,11 @@ from torch import Tensor
 
 from .. import _check
 from .._autograd import differentiable_vjp
-from .._ops import accumulate_type, reference
+from .._ops import accumulate_type, compiled_library, reference
 from .._route import needs_graph, use_reference
 
 _op = torch.ops.solera
+_CPU_KERNEL = compiled_library is not None
 
 
 # ---- reference ---------------------------------------------------------------------------------------
@@ -119,12 +120,15 @@ class _RowNorm(torch.autograd.Function):
         need_x, need_residual, need_weight, need_bias = ctx.needs_input_grad[:4]
         if torch.is_grad_enabled():
             # Second derivatives: the norm as a function of (u, weight, bias); u carries the graph of the sum.
-            bias = None if ctx.bias_dtype is None else u.new_zeros(u.shape[-1], dtype=ctx.bias_dtype)
+            bias = (
+                None if ctx.bias_dtype is None else u.new_zeros(u.shape[-1], dtype=ctx.bias_dtype)
+            )
             if bias is not None:
                 bias.requires_grad_(need_bias)
 
             def norm(u, weight, bias):
-                return row_norm_reference(u, None, weight, bias, eps, 1.0, weight_offset, centred)[0]
+                options = (eps, 1.0, weight_offset, centred)
+                return row_norm_reference(u, None, weight, bias, *options)[0]
 
             needs = (need_x or need_residual, need_weight, need_bias)
             dx, dweight, dbias = differentiable_vjp(norm, (u, weight, bias), needs, (dy,))
@@ -148,44 +152,42 @@ class _RowNorm(torch.autograd.Function):
 # ---- public functions --------------------------------------------------------------------------------
 
 
-def _is_plain(x, weight, bias, eps) -> bool:
-    """The commonest call, accepted at a third of the full checks' price: CPU, one dtype, (D,) parameters."""
-    if not (type(x) is Tensor and x.is_cpu and x.dim() > 0 and type(eps) is float):
-        return False
-    dtype, width = x.dtype, x.size(-1)
-    if dtype not in _check.FLOATS or not 0.0 <= eps < 1e300:
-        return False
-    for p in (weight, bias):
-        if p is not None and not (
-            isinstance(p, Tensor) and p.is_cpu and p.dtype is dtype and p.dim() == 1 and p.size(0) == width
-        ):
-            return False
-    return True
-
-
 def _row_norm_public(x, residual, weight, bias, eps, residual_scale, weight_offset, centred):
-    if residual is None and residual_scale == 1.0 and weight_offset == 0.0 and _is_plain(x, weight, bias, eps):
-        if not use_reference() and not needs_graph(x, weight, bias):
-            return _op.row_norm(x, weight, bias, eps, 0.0, centred)
-    else:
-        _check.tensor("x", x, min_dim=1)
-        width = x.shape[-1:]
-        if weight is not None:
-            _check.like("weight", weight, width, x)
-        if bias is not None:
-            _check.like("bias", bias, width, x)
-        eps = _check.number("eps", eps, low=0.0)
-        weight_offset = _check.number("weight_offset", weight_offset)
-        residual_scale = _check.number("residual_scale", residual_scale)
-        if residual is not None:
-            _check.like("residual", residual, x.shape, x)
-            _check.same_dtype("residual", residual, x)
-        elif residual_scale != 1.0:
-            raise ValueError(f"residual_scale: {residual_scale!r} was given without a residual")
-        if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
-            # As torch's own norms on CUDA: float32 in and out. On the CPU autocast leaves norms alone.
-            x = x.float()
-            residual = None if residual is None else residual.float()
+    try:
+        # The commonest call at the price of the op alone: its kernel refuses what does not fit, and the
+        # checks below then say what it was.
+        if (
+            residual is None
+            and residual_scale == 1.0
+            and x.is_cpu
+            and (weight is None or weight.is_cpu)
+            and (bias is None or bias.is_cpu)
+            and _CPU_KERNEL
+            and not torch.compiler.is_dynamo_compiling()
+            and not use_reference()
+            and not needs_graph(x, weight, bias)
+        ):
+            return _op.row_norm(x, weight, bias, eps, weight_offset, centred)
+    except (AttributeError, RuntimeError):
+        pass
+    _check.tensor("x", x, min_dim=1)
+    width = x.shape[-1:]
+    if weight is not None:
+        _check.like("weight", weight, width, x)
+    if bias is not None:
+        _check.like("bias", bias, width, x)
+    eps = _check.number("eps", eps, low=0.0)
+    weight_offset = _check.number("weight_offset", weight_offset)
+    residual_scale = _check.number("residual_scale", residual_scale)
+    if residual is not None:
+        _check.like("residual", residual, x.shape, x)
+        _check.same_dtype("residual", residual, x)
+    elif residual_scale != 1.0:
+        raise ValueError(f"residual_scale: {residual_scale!r} was given without a residual")
+    if x.is_cuda and torch.is_autocast_enabled("cuda") and x.dtype != torch.float64:
+        # As torch's own norms on CUDA: float32 in and out. On the CPU autocast leaves norms alone.
+        x = x.float()
+        residual = None if residual is None else residual.float()
     options = (x, residual, weight, bias, eps, residual_scale, weight_offset, centred)
     if use_reference():
         out = row_norm_reference(*options)[:2]

@@ -1,0 +1,572 @@
+"""GPU kernels of core `dense`: the algorithm is that of csrc/cpu/sinkhorn/dense.cpp, in base 2.
+
+With F = f log2(e)/epsilon, G likewise and w_ij = 2^(F_i + G_j - K C_ij), one row pass gives the row sums s_i
+(hence the new F) and, from the same w_ij / s_i, the column sums of the plan (hence the new G): one
+exponential and one read of C an iteration. A row or column whose sum left the range in which nothing that
+matters can have underflowed is done again as an exact log-sum-exp, in a branch that is rarely taken.
+
+Three ways by size:
+- small (up to 8192 elements, 2048 in float64): one program a problem, C in registers, all iterations and the
+  stopping test in it;
+- rows of up to 2048: per iteration one launch over row blocks (w in registers, column partials out) and one
+  over column blocks (partials summed in order);
+- wider rows: the same two, w computed twice from C (the second read from L2).
+
+Stopping is decided on the device, a flag a problem; launches go on and return at once. No host
+synchronisation, no atomics: the fixed number of launches can be captured in a CUDA graph.
+
+H200 at 4.3 TB/s: 1024 x 1024 float32 stays in L2; 4096 x 4096, 100 iterations reads 6.7 GB: floor 1.56 ms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+
+from .._launch import accumulator, on_device_of, processors
+
+LOG2E = 1.4426950408889634
+SMALL = 8192  # elements of a float32 problem that one program keeps in registers
+WIDEST = 2048  # columns kept in registers by the row pass; 4096 spill
+
+
+@triton.jit
+def _ranges(ACC: tl.constexpr):
+    """Lowest and highest row sum believed, lowest and highest column sum, largest exponent, largest value."""
+    if ACC == tl.float64:
+        return 1e-100, 1e100, 1e-150, 1e150, 1022.0, 1.79e308
+    else:
+        return 1e-10, 1e10, 1e-20, 1e20, 126.0, 3.4e38
+
+
+@triton.jit
+def _potential(none, weight, shift, total):
+    """-(shift + log2 total); with no allowed pair 0 where there is no mass, else NaN."""
+    value = -(shift + tl.log2(tl.where(none, 1.0, total)))
+    return tl.where(none, tl.where(weight == 0, 0.0, float("nan")), value)
+
+
+@triton.jit
+def _weighted(b, w, big):
+    """b * w with an infinite w held finite, so that a weight of 0 gives 0; NaN stays NaN."""
+    return b * tl.where(w > big, big, w)
+
+
+@triton.jit
+def _lost(x):
+    """1 if any element is not finite."""
+    return tl.max(tl.where(x - x == 0, 0, 1))
+
+
+@triton.jit
+def _state(old, new, weight, live, exponent):
+    """(sum a |s - 1|, sum a s) of the state before a row update: s = 2^(old - new)."""
+    move = old - new
+    s = tl.exp2(tl.where(move > exponent, exponent, move))
+    s = tl.where(live & (weight != 0), s, 1.0)
+    return tl.sum(weight * tl.abs(s - 1.0)), tl.sum(weight * s)
+
+
+@triton.jit
+def sinkhorn_prepare_kernel(
+    a, b, f_in, g_in, F, G, status, iterations, total, n, m, kappa_at, max_iterations,
+    HAS_INIT: tl.constexpr, ACC: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Scaled potentials to start from, the total of a, and the status: 0 runs, 1 has stopped, 2 is lost."""
+    item = tl.program_id(0).to(tl.int64)
+    kappa = tl.load(kappa_at)
+    lane = tl.arange(0, C)
+    wrong = 0
+    total_a = tl.zeros((C,), ACC)
+    total_b = tl.zeros((C,), ACC)
+    for start in range(0, n, C):
+        i = start + lane
+        x = tl.load(a + item * n + i, mask=i < n, other=0.0)
+        wrong = tl.maximum(wrong, tl.max(tl.where((x >= 0) & (x < float("inf")), 0, 1)))
+        total_a += x
+        p = tl.zeros((C,), ACC)
+        if HAS_INIT:
+            p = tl.load(f_in + item * n + i, mask=i < n, other=0.0) * kappa
+        tl.store(F + item * n + i, p, mask=i < n)
+    for start in range(0, m, C):
+        j = start + lane
+        x = tl.load(b + item * m + j, mask=j < m, other=0.0)
+        wrong = tl.maximum(wrong, tl.max(tl.where((x >= 0) & (x < float("inf")), 0, 1)))
+        total_b += x
+        p = tl.zeros((C,), ACC)
+        if HAS_INIT:
+            p = tl.load(g_in + item * m + j, mask=j < m, other=0.0) * kappa
+        tl.store(G + item * m + j, p, mask=j < m)
+    sum_a = tl.sum(total_a)
+    empty = (sum_a > 0) & (tl.sum(total_b) > 0)
+    tl.store(status + item, tl.where(empty & (wrong == 0), 0, 2))
+    tl.store(iterations + item, max_iterations.to(tl.int64))
+    tl.store(total + item, sum_a)
+
+
+@triton.jit
+def sinkhorn_small_kernel(
+    cost, a, b, F, G, status, iterations, total, error, mass, n, m, kappa_at, tolerance_at, max_iterations,
+    check_every, ACC: tl.constexpr, N: tl.constexpr, M: tl.constexpr,
+):  # fmt: skip
+    """A whole problem in one program. Its shift is the true maximum: it costs no memory here."""
+    item = tl.program_id(0).to(tl.int64)
+    kappa = tl.load(kappa_at)
+    tolerance = tl.load(tolerance_at)
+    low, high, column_low, column_high, exponent, big = _ranges(ACC)
+    i = tl.arange(0, N)
+    j = tl.arange(0, M)
+    at = cost + item * n * m + i.to(tl.int64)[:, None] * m + j[None, :]
+    c = tl.load(at, mask=(i < n)[:, None] & (j < m)[None, :], other=float("inf")) * kappa
+    wa = tl.load(a + item * n + i, mask=i < n, other=0.0)
+    wb = tl.load(b + item * m + j, mask=j < m, other=0.0)
+    old = tl.load(F + item * n + i, mask=i < n, other=0.0)
+    g = tl.load(G + item * m + j, mask=j < m, other=0.0)
+    log_a = tl.log2(wa)
+    log_b = tl.log2(wb)
+    least = column_low * tl.load(total + item)
+    going = tl.load(status + item) == 0
+    failed = tl.where(going, 0, 1)
+    k = 0
+    e = tl.sum(wa) * 0.0
+    s_total = e
+    while going:
+        t = g[None, :] - c
+        top = tl.max(t + log_b[None, :], 1)
+        none = top == float("-inf")
+        shift = tl.where(none, 0.0, top)
+        w = tl.exp2(t - shift[:, None])
+        s = tl.sum(_weighted(wb[None, :], w, big), 1)
+        none = none & (s == s)
+        new = tl.where(s == s, _potential(none, wa, shift, s), s)
+        e, s_total = _state(old, new, wa, i < n, exponent)
+        failed = _lost(new)
+        stop = (tolerance > 0) & (k > 0) & (k % check_every == 0) & (e <= tolerance)
+        going = (k < max_iterations) & (failed == 0) & (stop == 0)
+        if going:
+            scale = tl.where(none, 0.0, wa / s)
+            columns = tl.sum(scale[:, None] * w, 0)
+            good = (columns > least) & (columns < column_high)
+            next_g = g - tl.log2(tl.where(good, columns, 1.0))
+            if tl.min(tl.where(good, 1, 0)) == 0:
+                by_column = (log_a + new)[:, None] - c
+                top_c = tl.max(by_column, 0)
+                none_c = top_c == float("-inf")
+                shift_c = tl.where(none_c, 0.0, top_c)
+                exact = tl.sum(tl.exp2(by_column - shift_c[None, :]), 0)
+                redone = _potential(none_c & (exact == exact), wb, shift_c, exact)
+                next_g = tl.where(good, next_g, redone)
+            g = next_g
+            old = new
+            failed = _lost(g)
+            going = failed == 0
+            k += 1
+    tl.store(F + item * n + i, old, mask=i < n)
+    tl.store(G + item * m + j, g, mask=j < m)
+    tl.store(error + item, e)
+    tl.store(mass + item, s_total)
+    tl.store(iterations + item, tl.zeros((), tl.int64) + k)
+    tl.store(status + item, tl.where(failed == 0, 1, 2))
+
+
+@triton.jit
+def sinkhorn_rows_kernel(
+    cost, a, b, F, G, partial, error, mass, status, n, m, blocks, kappa_at,
+    EVALUATE: tl.constexpr, ACC: tl.constexpr, STEPS: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """STEPS * R rows, each in one tile: new F, and the block's column sums. EVALUATE: the error alone."""
+    program = tl.program_id(0).to(tl.int64)
+    item = program // blocks
+    kappa = tl.load(kappa_at)
+    block = program % blocks
+    low, high, column_low, column_high, exponent, big = _ranges(ACC)
+    state = tl.load(status + item)
+    if (state == 0) | (EVALUATE & (state == 1)):
+        j = tl.arange(0, C)
+        g = tl.load(G + item * m + j, mask=j < m, other=float("-inf"))[None, :]
+        wb = tl.load(b + item * m + j, mask=j < m, other=0.0)[None, :]
+        columns = tl.zeros((C,), ACC)
+        e_total = tl.zeros((), ACC)
+        s_total = tl.zeros((), ACC)
+        failed = 0
+        for step in range(STEPS):
+            i = (block * STEPS + step) * R + tl.arange(0, R)
+            at = cost + (item * n + i)[:, None] * m + j[None, :]
+            live = i < n
+            c = tl.load(at, mask=live[:, None] & (j < m)[None, :], other=0.0)
+            wa = tl.load(a + item * n + i, mask=live, other=0.0)
+            old = tl.load(F + item * n + i, mask=live, other=0.0)
+            t = g - c * kappa
+            shift = -old
+            w = tl.exp2(t + old[:, None])
+            s = tl.sum(_weighted(wb, w, big), 1)
+            bad = ((s > low) & (s < high)) == 0
+            none = bad & (s != s) & (s == s)
+            if tl.max(tl.where(bad & live, 1, 0)) > 0:
+                top = tl.max(t + tl.log2(wb), 1)
+                none = bad & (top == float("-inf"))
+                shift = tl.where(bad, tl.where(none, 0.0, top), shift)
+                w = tl.exp2(t - shift[:, None])
+                s = tl.sum(_weighted(wb, w, big), 1)
+                none = none & (s == s)
+            new = tl.where(s == s, _potential(none, wa, shift, s), s)
+            e, x = _state(old, new, wa, live, exponent)
+            e_total += e
+            s_total += x
+            failed = tl.maximum(failed, _lost(tl.where(live, new, 0.0)))
+            if not EVALUATE:
+                tl.store(F + item * n + i, new, mask=live)
+                scale = tl.where(none | (live == 0), 0.0, wa / s)
+                columns += tl.sum(tl.where(live[:, None], scale[:, None] * w, 0.0), 0)
+        tl.store(error + program, e_total)
+        tl.store(mass + program, s_total)
+        if not EVALUATE:
+            tl.store(partial + program * m + j, columns, mask=j < m)
+        if failed > 0:
+            tl.store(status + item, 2)
+
+
+@triton.jit
+def sinkhorn_wide_rows_kernel(
+    cost, a, b, F, G, partial, error, mass, status, n, m, blocks, kappa_at,
+    EVALUATE: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """R rows of any width, in tiles: their sums first, the column sums from a second look at C."""
+    program = tl.program_id(0).to(tl.int64)
+    item = program // blocks
+    kappa = tl.load(kappa_at)
+    block = program % blocks
+    low, high, column_low, column_high, exponent, big = _ranges(ACC)
+    state = tl.load(status + item)
+    if (state == 0) | (EVALUATE & (state == 1)):
+        i = block * R + tl.arange(0, R)
+        live = i < n
+        row = cost + (item * n + i)[:, None] * m
+        wa = tl.load(a + item * n + i, mask=live, other=0.0)
+        old = tl.load(F + item * n + i, mask=live, other=0.0)
+        shift = -old
+        s = tl.zeros((R,), ACC)
+        for start in range(0, m, C):
+            j = start + tl.arange(0, C)[None, :]
+            c = tl.load(row + j, mask=live[:, None] & (j < m), other=0.0)
+            g = tl.load(G + item * m + j, mask=j < m, other=float("-inf"))
+            wb = tl.load(b + item * m + j, mask=j < m, other=0.0)
+            s += tl.sum(_weighted(wb, tl.exp2(g - c * kappa - shift[:, None]), big), 1)
+        bad = ((s > low) & (s < high)) == 0
+        none = bad & (s != s) & (s == s)
+        if tl.max(tl.where(bad & live, 1, 0)) > 0:
+            top = tl.full((R,), float("-inf"), ACC)
+            for start in range(0, m, C):
+                j = start + tl.arange(0, C)[None, :]
+                c = tl.load(row + j, mask=live[:, None] & (j < m), other=0.0)
+                g = tl.load(G + item * m + j, mask=j < m, other=float("-inf"))
+                wb = tl.load(b + item * m + j, mask=j < m, other=0.0)
+                top = tl.maximum(top, tl.max(g - c * kappa + tl.log2(wb), 1))
+            none = bad & (top == float("-inf"))
+            shift = tl.where(bad, tl.where(none, 0.0, top), shift)
+            s = tl.zeros((R,), ACC)
+            for start in range(0, m, C):
+                j = start + tl.arange(0, C)[None, :]
+                c = tl.load(row + j, mask=live[:, None] & (j < m), other=0.0)
+                g = tl.load(G + item * m + j, mask=j < m, other=float("-inf"))
+                wb = tl.load(b + item * m + j, mask=j < m, other=0.0)
+                s += tl.sum(_weighted(wb, tl.exp2(g - c * kappa - shift[:, None]), big), 1)
+            none = none & (s == s)
+        new = tl.where(s == s, _potential(none, wa, shift, s), s)
+        e, x = _state(old, new, wa, live, exponent)
+        tl.store(error + program, e)
+        tl.store(mass + program, x)
+        if not EVALUATE:
+            tl.store(F + item * n + i, new, mask=live)
+            scale = tl.where(none | (live == 0), 0.0, wa / s)
+            for start in range(0, m, C):
+                j = start + tl.arange(0, C)[None, :]
+                c = tl.load(row + j, mask=live[:, None] & (j < m), other=0.0)
+                g = tl.load(G + item * m + j, mask=j < m, other=float("-inf"))
+                w = scale[:, None] * tl.exp2(g - c * kappa - shift[:, None])
+                columns = tl.sum(tl.where(live[:, None], w, 0.0), 0)[None, :]
+                tl.store(partial + program * m + j, columns, mask=j < m)
+        if _lost(tl.where(live, new, 0.0)) > 0:
+            tl.store(status + item, 2)
+
+
+@triton.jit
+def sinkhorn_columns_kernel(
+    cost, a, b, F, G, partial, status, total, n, m, blocks, tiles, kappa_at,
+    ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """G of C columns from the partial sums of the row blocks, in order."""
+    program = tl.program_id(0).to(tl.int64)
+    item = program // tiles
+    kappa = tl.load(kappa_at)
+    j = (program % tiles) * C + tl.arange(0, C)
+    low, high, column_low, column_high, exponent, big = _ranges(ACC)
+    if tl.load(status + item) == 0:
+        columns = tl.zeros((C,), ACC)
+        for block in range(blocks):
+            columns += tl.load(partial + (item * blocks + block) * m + j, mask=j < m, other=0.0)
+        columns = tl.where(j < m, columns, 1.0)
+        good = (columns > column_low * tl.load(total + item)) & (columns < column_high)
+        g = tl.load(G + item * m + j, mask=j < m, other=0.0)
+        g = g - tl.log2(tl.where(good, columns, 1.0))
+        if tl.min(tl.where(good, 1, 0)) == 0:
+            wb = tl.load(b + item * m + j, mask=j < m, other=0.0)
+            top = tl.full((C,), float("-inf"), ACC)
+            for start in range(0, n, R):
+                i = start + tl.arange(0, R)
+                mask = (i < n)[:, None] & (j < m)[None, :]
+                at = (item * n + i).to(tl.int64)[:, None] * m + j[None, :]
+                c = tl.load(cost + at, mask=mask, other=0.0)
+                wa = tl.load(a + item * n + i, mask=i < n, other=0.0)
+                f = tl.log2(wa) + tl.load(F + item * n + i, mask=i < n, other=0.0)
+                top = tl.maximum(top, tl.max(f[:, None] - c * kappa, 0))
+            none = top == float("-inf")
+            shift = tl.where(none, 0.0, top)
+            exact = tl.zeros((C,), ACC)
+            for start in range(0, n, R):
+                i = start + tl.arange(0, R)
+                mask = (i < n)[:, None] & (j < m)[None, :]
+                at = (item * n + i).to(tl.int64)[:, None] * m + j[None, :]
+                c = tl.load(cost + at, mask=mask, other=0.0)
+                wa = tl.load(a + item * n + i, mask=i < n, other=0.0)
+                f = tl.log2(wa) + tl.load(F + item * n + i, mask=i < n, other=0.0)
+                exact += tl.sum(tl.exp2(f[:, None] - c * kappa - shift[None, :]), 0)
+            g = tl.where(good, g, _potential(none & (exact == exact), wb, shift, exact))
+        tl.store(G + item * m + j, g, mask=j < m)
+        if _lost(tl.where(j < m, g, 0.0)) > 0:
+            tl.store(status + item, 2)
+
+
+@triton.jit
+def sinkhorn_decide_kernel(
+    status, iterations, error, blocks, iteration, tolerance_at, ACC: tl.constexpr
+):
+    """Stops a problem whose state, just evaluated, meets the tolerance."""
+    item = tl.program_id(0).to(tl.int64)
+    tolerance = tl.load(tolerance_at)
+    if tl.load(status + item) == 0:
+        e = tl.zeros((), ACC)
+        for block in range(blocks):
+            e += tl.load(error + item * blocks + block)
+        if e <= tolerance:
+            tl.store(status + item, 1)
+            tl.store(iterations + item, iteration.to(tl.int64))
+
+
+@triton.jit
+def sinkhorn_finish_kernel(
+    a, b, F, G, f, g, value, error_out, converged, error, mass, status, n, m, blocks, kappa_at, tolerance_at,
+    ACC: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """The gauge <a, f> = <b, g>, the dual value and the flags, in float64."""
+    item = tl.program_id(0).to(tl.int64)
+    kappa = tl.load(kappa_at)
+    tolerance = tl.load(tolerance_at)
+    lane = tl.arange(0, C)
+    af = tl.zeros((C,), tl.float64)
+    bg = tl.zeros((C,), tl.float64)
+    ones_a = tl.zeros((C,), tl.float64)
+    ones_b = tl.zeros((C,), tl.float64)
+    for start in range(0, n, C):
+        i = start + lane
+        w = tl.load(a + item * n + i, mask=i < n, other=0.0).to(tl.float64)
+        af += w * tl.load(F + item * n + i, mask=i < n, other=0.0).to(tl.float64)
+        ones_a += w
+    for start in range(0, m, C):
+        j = start + lane
+        w = tl.load(b + item * m + j, mask=j < m, other=0.0).to(tl.float64)
+        bg += w * tl.load(G + item * m + j, mask=j < m, other=0.0).to(tl.float64)
+        ones_b += w
+    e = tl.zeros((), tl.float64)
+    s = tl.zeros((), tl.float64)
+    for block in range(blocks):
+        e += tl.load(error + item * blocks + block).to(tl.float64)
+        s += tl.load(mass + item * blocks + block).to(tl.float64)
+    nan = tl.where(tl.load(status + item) == 2, float("nan"), 0.0).to(tl.float64)
+    k = kappa.to(tl.float64)
+    total_a = tl.sum(ones_a)
+    total_b = tl.sum(ones_b)
+    left = tl.sum(af)
+    right = tl.sum(bg)
+    shift = (right - left) / (total_a + total_b) + nan
+    dual = (
+        left + right + shift * (total_a - total_b) - (s - total_a * total_b) * 1.4426950408889634
+    ) / k
+    tl.store(value + item, dual.to(ACC))
+    tl.store(error_out + item, (e + nan).to(ACC))
+    tl.store(converged + item, (e + nan) <= tolerance)
+    for start in range(0, n, C):
+        i = start + lane
+        x = tl.load(F + item * n + i, mask=i < n, other=0.0).to(tl.float64)
+        tl.store(f + item * n + i, ((x + shift) / k).to(ACC), mask=i < n)
+    for start in range(0, m, C):
+        j = start + lane
+        x = tl.load(G + item * m + j, mask=j < m, other=0.0).to(tl.float64)
+        tl.store(g + item * m + j, ((x - shift) / k).to(ACC), mask=j < m)
+
+
+# ---- launcher ----------------------------------------------------------------------------------------
+
+
+def _small(n: int, m: int, double: bool) -> dict[str, int] | None:
+    """Tile of the one-program path, 32 elements a thread (8 in float64); None where it would be too large."""
+    N, M = max(2, triton.next_power_of_2(n)), max(2, triton.next_power_of_2(m))
+    if N * M > SMALL // (4 if double else 1) or max(N, M) > 1024:
+        return None
+    return {"N": N, "M": M, "num_warps": max(1, min(8, N * M * (4 if double else 1) // 1024))}
+
+
+def _rows(n: int, m: int, double: bool, sms: int) -> dict[str, int]:
+    """Tile of the row pass: 16 elements a thread; rows a program so that all processors have one.
+
+    Two rows at least: one row to a tile does not compile for gfx942.
+    """
+    if m > WIDEST:
+        return {"R": 16, "C": 64 if double else 256, "num_warps": 8}
+    C = max(32, triton.next_power_of_2(m))
+    R = max(2, (2048 if double else 4096) // C)
+    steps = 1
+    while steps < 8 and triton.cdiv(n, 2 * steps * R) >= sms:
+        steps *= 2
+    return {"STEPS": steps, "R": R, "C": C, "num_warps": 8}
+
+
+def sinkhorn_dense(cost, a, b, f, g, epsilon, max_iterations, tolerance, check_every):
+    cost, a, b = cost.contiguous(), a.contiguous(), b.contiguous()
+    batch, n, m = cost.shape
+    new = cost.new_empty
+    F, G, f_out, g_out = new((batch, n)), new((batch, m)), new((batch, n)), new((batch, m))
+    value, error_out, total = new((batch,)), new((batch,)), new((batch,))
+    iterations = new((batch,), dtype=torch.int64)
+    converged = new((batch,), dtype=torch.bool)
+    status = new((batch,), dtype=torch.int32)
+    if batch == 0:
+        return f_out, g_out, value, iterations, error_out, converged
+    acc = accumulator(cost)
+    double = cost.dtype == torch.float64
+    with on_device_of(cost):
+        # On the device, since a float argument would be rounded to float32.
+        kappa = cost.new_full((1,), LOG2E / epsilon)
+        target = cost.new_full((1,), tolerance)
+        sinkhorn_prepare_kernel[(batch,)](
+            a, b, a if f is None else f.contiguous(), b if g is None else g.contiguous(), F, G, status,
+            iterations, total, n, m, kappa, max_iterations, HAS_INIT=f is not None, ACC=acc, C=512,
+        )  # fmt: skip
+        small = _small(n, m, double)
+        if small is not None:
+            blocks = 1
+            error, mass = new((batch,)), new((batch,))
+            sinkhorn_small_kernel[(batch,)](
+                cost, a, b, F, G, status, iterations, total, error, mass, n, m, kappa, target,
+                max_iterations, check_every, ACC=acc, **small,
+            )  # fmt: skip
+        else:
+            config = _rows(n, m, double, processors(cost))
+            blocks = triton.cdiv(n, config["R"] * config.get("STEPS", 1))
+            partial = new((batch, blocks, m))
+            error, mass = new((batch, blocks)), new((batch, blocks))
+            kernel = sinkhorn_wide_rows_kernel if m > WIDEST else sinkhorn_rows_kernel
+            tiles = triton.cdiv(m, 64)
+
+            def row_pass(evaluate):
+                kernel[(batch * blocks,)](
+                    cost, a, b, F, G, partial, error, mass, status, n, m, blocks, kappa,
+                    EVALUATE=evaluate, ACC=acc, **config,
+                )  # fmt: skip
+
+            for iteration in range(max_iterations):
+                if tolerance > 0 and iteration > 0 and iteration % check_every == 0:
+                    row_pass(True)
+                    sinkhorn_decide_kernel[(batch,)](
+                        status, iterations, error, blocks, iteration, target, ACC=acc, num_warps=1
+                    )
+                row_pass(False)
+                sinkhorn_columns_kernel[(batch * tiles,)](
+                    cost, a, b, F, G, partial, status, total, n, m, blocks, tiles, kappa, ACC=acc, R=32,
+                    C=64, num_warps=4,
+                )  # fmt: skip
+            row_pass(True)
+        sinkhorn_finish_kernel[(batch,)](
+            a, b, F, G, f_out, g_out, value, error_out, converged, error, mass, status, n, m, blocks,
+            kappa, target, ACC=acc, C=512, num_warps=4,
+        )  # fmt: skip
+    return f_out, g_out, value, iterations, error_out, converged
+
+
+# ---- ahead-of-time compilation -----------------------------------------------------------------------
+
+
+def aot() -> Iterator:
+    """The variants held to tests/budgets.json: small, one tile a row, wide; float32, and float64 once."""
+    from .._aot import AotCase
+
+    for word, acc, double in (("*fp32", tl.float32, False), ("*fp64", tl.float64, True)):
+        tag = "64" if double else "32"
+        wide_types = {k: word for k in ("cost", "a", "b", "F", "G", "error", "mass")}
+        numbers = {"n": "i32", "m": "i32", "kappa_at": word}
+        vectors = ("cost", "a", "b", "F", "G", "m")
+        for n, m in ((32, 64),) if double else ((64, 64), (64, 128)):
+            config = _small(n, m, double)
+            yield AotCase(
+                name=f"sinkhorn_small_{n}x{m}_{tag}",
+                fn=sinkhorn_small_kernel,
+                signature={
+                    **wide_types, **numbers, "status": "*i32", "iterations": "*i64", "total": word,
+                    "tolerance_at": word, "max_iterations": "i32", "check_every": "i32",
+                },
+                constexprs={"ACC": acc, "N": config["N"], "M": config["M"]},
+                divisible_by_16=vectors,
+                num_warps=config["num_warps"],
+            )  # fmt: skip
+        for m in (1024, WIDEST):
+            config = _rows(4096, m, double, 132)
+            warps = config.pop("num_warps")
+            yield AotCase(
+                name=f"sinkhorn_rows_{m}_{tag}",
+                fn=sinkhorn_rows_kernel,
+                signature={
+                    **wide_types, **numbers, "partial": word, "status": "*i32", "blocks": "i32",
+                },
+                constexprs={"EVALUATE": False, "ACC": acc, **config},
+                divisible_by_16=(*vectors, "partial"),
+                num_warps=warps,
+            )  # fmt: skip
+        config = _rows(8192, 8192, double, 132)
+        yield AotCase(
+            name=f"sinkhorn_wide_rows_{tag}",
+            fn=sinkhorn_wide_rows_kernel,
+            signature={**wide_types, **numbers, "partial": word, "status": "*i32", "blocks": "i32"},
+            constexprs={"EVALUATE": False, "ACC": acc, "R": config["R"], "C": config["C"]},
+            divisible_by_16=(*vectors, "partial"),
+            num_warps=config["num_warps"],
+        )
+        types = {k: word for k in ("cost", "a", "b", "F", "G", "partial", "total")}
+        yield AotCase(
+            name=f"sinkhorn_columns_{tag}",
+            fn=sinkhorn_columns_kernel,
+            signature={**types, **numbers, "status": "*i32", "blocks": "i32", "tiles": "i32"},
+            constexprs={"ACC": acc, "R": 32, "C": 64},
+            divisible_by_16=(*vectors, "partial"),
+            num_warps=4,
+        )
+    for name, fn, extra in (
+        ("prepare", sinkhorn_prepare_kernel, {"HAS_INIT": True, "C": 512}),
+        ("finish", sinkhorn_finish_kernel, {"C": 512}),
+        ("decide", sinkhorn_decide_kernel, {}),
+    ):
+        types = {
+            "status": "*i32", "iterations": "*i64", "converged": "*i1", "n": "i32", "m": "i32",
+            "blocks": "i32", "iteration": "i32", "max_iterations": "i32",
+        }  # fmt: skip
+        constants = {"ACC": tl.float32, **extra}
+        names = [k for k in fn.arg_names if k not in constants]
+        yield AotCase(
+            name=f"sinkhorn_{name}",
+            fn=fn,
+            signature={k: types.get(k, "*fp32") for k in names},
+            constexprs=constants,
+            num_warps=1 if name == "decide" else 4,
+        )
