@@ -264,6 +264,7 @@ struct Row {
   const void* data = nullptr;
   std::optional<Tensor> copy;
   Row(const OptTensor& t, int64_t columns, ScalarType acc, double offset) {
+    STD_TORCH_CHECK(std::isfinite(offset), "solera: weight_offset must be finite");
     if (!t.has_value()) return;
     STD_TORCH_CHECK(t->dim() == 1 && t->size(0) == columns &&
                         (dtype_of(*t) != kFloat64 || acc == ScalarType::Double),

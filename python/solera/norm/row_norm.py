@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import _check
 from .._autograd import differentiable_vjp
@@ -27,6 +28,7 @@ from .._ops import accumulate_type, compiled_library, reference
 from .._route import needs_graph, use_reference
 
 _op = torch.ops.solera
+_plain = _op.row_norm.default
 _CPU_KERNEL = compiled_library is not None
 
 
@@ -163,11 +165,11 @@ def _row_norm_public(x, residual, weight, bias, eps, residual_scale, weight_offs
             and (weight is None or weight.is_cpu)
             and (bias is None or bias.is_cpu)
             and _CPU_KERNEL
-            and not torch.compiler.is_dynamo_compiling()
+            and not is_dynamo_compiling()
             and not use_reference()
             and not needs_graph(x, weight, bias)
         ):
-            return _op.row_norm(x, weight, bias, eps, weight_offset, centred)
+            return _plain(x, weight, bias, eps, weight_offset, centred)
     except (AttributeError, RuntimeError):
         pass
     _check.tensor("x", x, min_dim=1)
