@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import DEVICE
+from helpers import DEVICE, DTYPES
 from hypothesis import given
 from hypothesis import strategies as st
 
