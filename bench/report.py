@@ -18,6 +18,7 @@ COLUMNS = (
     "op", "case", "dtype", "error", "time", "x eager", "x compile", "x peer", "% of floor", "saved",
 )  # fmt: skip
 LEFT = ("op", "case", "dtype", "x peer")
+MARKS = ("<!-- benchmark -->", "<!-- /benchmark -->")
 
 
 def seconds(value: float | None) -> str:
@@ -240,8 +241,29 @@ def markdown(result: dict, pictures: list[tuple[str, str]]) -> str:
     return "\n".join(out).replace("\n\n\n", "\n\n").rstrip() + "\n"
 
 
+def summary(result: dict) -> str:
+    """The lines that have a target, in one table: what README.md shows between its marks."""
+    lines = [x for x in result["lines"] if x["targets"]]
+    out = ["; ".join(machine_lines(result["machine"])) + ".", ""]
+    return "\n".join([*out, *_markdown_table(list(COLUMNS), [row(x) for x in lines])])
+
+
+def fill(page: Path, result: dict, picture: str) -> bool:
+    """Put the summary between the page's benchmark marks; False if it has none."""
+    head, open_mark, rest = (page.read_text() if page.exists() else "").partition(MARKS[0])
+    _, close_mark, tail = rest.partition(MARKS[1])
+    if not close_mark:
+        return False
+    middle = f"\n{summary(result)}\n\n![speed-up by op]({picture})\n"
+    page.write_text(head + open_mark + middle + close_mark + tail)
+    return True
+
+
 def render(source: Path, target: Path) -> None:
-    """Write the markdown page of a JSON result; pictures are those that lie beside it."""
+    """Write the markdown page of a JSON result; pictures are those that lie beside it.
+
+    A page with the benchmark marks (README.md) gets the lines with targets between them.
+    """
     result = json.loads(source.read_text())
     wanted = [("speed", source.with_suffix(".png"))]
     for part in result["showcase"]:
@@ -249,5 +271,7 @@ def render(source: Path, target: Path) -> None:
     pictures = [
         (title, os.path.relpath(path, target.parent)) for title, path in wanted if path.exists()
     ]
+    if fill(target, result, pictures[0][1] if pictures else ""):
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(markdown(result, pictures))

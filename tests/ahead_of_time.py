@@ -32,7 +32,8 @@ class Usage:
     """What one thread and one block of a compiled kernel take; an error if it did not compile."""
 
     registers: int = 0
-    spills: int = 0  # bytes of a thread's local memory (NVIDIA), registers (AMD)
+    spills: int = 0  # to memory: bytes of a thread's local memory (NVIDIA), vector registers (AMD)
+    scalar_spills: int = 0  # AMD only, reported and not held to zero: see _amd_usage
     shared: int = 0
     error: str = ""
 
@@ -78,18 +79,20 @@ def _nvidia_usage(kernel, arch: int) -> Usage:
     found = {key: int(n) for key, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     stack = found["STACK"] + found["LOCAL"]
     spills = _nvidia_spills(kernel.asm["ptx"], arch) if stack else 0
-    return Usage(found["REG"], spills, max(found["SHARED"], kernel.metadata.shared))
+    return Usage(found["REG"], spills, 0, max(found["SHARED"], kernel.metadata.shared))
 
 
 def _amd_usage(kernel) -> Usage:
+    """A spilled scalar register goes to a lane of a vector register (v_writelane), not to memory, so it is
+    told apart. Should one reach memory after all, the private segment is not empty: that is a spill."""
     text = kernel.asm["amdgcn"]
 
     def number(key: str) -> int:
         return max((int(n) for n in re.findall(rf"\.{key}:\s+(\d+)", text)), default=0)
 
-    spills = number("vgpr_spill_count") + number("sgpr_spill_count")
+    spills = number("vgpr_spill_count") or number("private_segment_fixed_size")
     shared = max(number("group_segment_fixed_size"), kernel.metadata.shared)
-    return Usage(number("vgpr_count"), spills, shared)
+    return Usage(number("vgpr_count"), spills, number("sgpr_spill_count"), shared)
 
 
 def _late(signum, frame):

@@ -1,6 +1,6 @@
-"""Benchmark lines of core batch_ensemble: K linear layers as one, beside eager torch and tabm.
+"""Benchmark lines of core batch_ensemble: K linear layers with one weight, beside eager torch and tabm.
 
-Bytes: forward x, weight(s), scales and bias read, y written; backward dy, x and the parameters read, dx and
+Bytes: forward x, weight, scales and bias read, y written; backward dy, x and the parameters read, dx and
 the parameters' gradients written. Operations: 2 B K I O a product, one forward and two backward.
 """
 
@@ -11,17 +11,13 @@ from collections.abc import Iterator
 import torch
 
 from bench.case import Case, Spec, in_double, step
-from solera.ensemble import batch_ensemble_linear, ensemble_linear
+from solera.ensemble import batch_ensemble_linear
 
 
-def eager_shared(x, weight, r, s, bias):
+def eager(x, weight, r, s, bias):
     """BatchEnsemble as it is written today: four passes around the product."""
     h = x.unsqueeze(1) if x.dim() == 2 else x
     return h * r @ weight.T * s + bias
-
-
-def eager_separate(x, weight, bias):
-    return (x.transpose(0, 1) @ weight).transpose(0, 1) + bias
 
 
 def specs(device: str) -> Iterator[Spec]:
@@ -30,52 +26,39 @@ def specs(device: str) -> Iterator[Spec]:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in (main, (1, 32, 512, 512), (16, 32, 512, 512)):
             targets = both[dtype] if shape == main else {"tabm": 1.0}
-            yield _spec(device, dtype, shape, True, False, targets, quick=shape == main)
-        yield _spec(device, dtype, main, False, False, {}, quick=dtype == torch.float32)
-        yield _spec(device, dtype, main, True, True, {}, quick=False)
-        yield _spec(device, dtype, (1, 32, 512, 512), True, True, {}, quick=False)
-    yield _spec(device, torch.float32, (1000, 5, 100, 37), True, False, {}, quick=False)
+            yield _spec(device, dtype, shape, True, targets, quick=shape == main)
+        yield _spec(device, dtype, main, False, {}, quick=dtype == torch.float32)
+    yield _spec(device, torch.float32, (1000, 5, 100, 37), True, {}, quick=False)
 
 
-def _spec(device, dtype, shape, backward, separate, targets, quick) -> Spec:
-    name = "ensemble_linear" if separate else "batch_ensemble_linear"
+def _spec(device, dtype, shape, backward, targets, quick) -> Spec:
     B, K, I, O = shape
     label = f"{'fwd+bwd' if backward else 'fwd'} k={K} B={B} {I}x{O}"
 
     def make() -> Case:
-        return _case(device, dtype, shape, backward, separate)
+        return _case(device, dtype, shape, backward)
 
-    return Spec(f"ensemble.{name}", label, dtype, make, quick, targets)
+    return Spec("ensemble.batch_ensemble_linear", label, dtype, make, quick, targets)
 
 
-def _case(device, dtype, shape, backward, separate) -> Case:
+def _case(device, dtype, shape, backward) -> Case:
     B, K, I, O = shape
 
     def random(*size, scale=1.0):
         return (torch.randn(*size, device=device) * scale).to(dtype).requires_grad_(backward)
 
     x, bias = random(B, K, I), random(K, O)
-    if separate:
-        tensors = (x, random(K, I, O, scale=I**-0.5), bias)
-    else:
-        tensors = (x, random(O, I, scale=I**-0.5), random(K, I), random(K, O), bias)
+    tensors = (x, random(O, I, scale=I**-0.5), random(K, I), random(K, O), bias)
     grads = (torch.randn(B, K, O, device=device).to(dtype),) if backward else None
-    function, today = (
-        (ensemble_linear, eager_separate) if separate else (batch_ensemble_linear, eager_shared)
-    )
     exact_grads = None if grads is None else (grads[0].double(),)
     peers = {}
     try:
         import tabm
 
-        if separate:
-            module = tabm.LinearEnsemble(I, O, k=K, device=device, dtype=dtype)
-            names = ("weight", "bias")
-        else:
-            module = tabm.LinearBatchEnsemble(
-                I, O, k=K, scaling_init="ones", device=device, dtype=dtype
-            )
-            names = ("weight", "r", "s", "bias")
+        module = tabm.LinearBatchEnsemble(
+            I, O, k=K, scaling_init="ones", device=device, dtype=dtype
+        )
+        names = ("weight", "r", "s", "bias")
         for key, value in zip(names, tensors[1:]):
             setattr(module, key, torch.nn.Parameter(value.detach().clone(), requires_grad=backward))
         own = (x, *(getattr(module, key) for key in names))
@@ -88,10 +71,10 @@ def _case(device, dtype, shape, backward, separate) -> Case:
     if backward:
         traffic += B * K * O + 2 * x.numel() + 2 * parameters
     return Case(
-        ours=step(function, tensors, grads),
-        exact=in_double(lambda *t: step(today, t, exact_grads), tensors),
-        eager=step(today, tensors, grads),
-        compiled=step(torch.compile(today), tensors, grads),
+        ours=step(batch_ensemble_linear, tensors, grads),
+        exact=in_double(lambda *t: step(eager, t, exact_grads), tensors),
+        eager=step(eager, tensors, grads),
+        compiled=step(torch.compile(eager), tensors, grads),
         peers=peers,
         bytes=traffic * size,
         flops=(6 if backward else 2) * B * K * I * O,

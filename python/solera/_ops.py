@@ -106,7 +106,7 @@ def _(
 # ---- ensemble.batch_ensemble -------------------------------------------------------------------------
 
 # Shapes: x (B, K, I) or, shared by the members, (B, I); y, dy (B, K, O). activation is the index in
-# ensemble.batch_ensemble.ACTIVATIONS. `saved` is y for relu, the pre-activation z for gelu and silu.
+# ensemble._activation.ACTIVATIONS. `saved` is y for relu, the pre-activation z for gelu and silu.
 
 
 def _members(x, r, s, bias):
@@ -160,8 +160,11 @@ def _(
     )
 
 
+# ---- ensemble.member_linear --------------------------------------------------------------------------
+
+
 @op(
-    "ensemble.batch_ensemble",
+    "ensemble.member_linear",
     "member_linear(Tensor x, Tensor weight, Tensor? bias, int activation) -> Tensor",
 )
 def _(x, weight, bias, activation):
@@ -169,7 +172,7 @@ def _(x, weight, bias, activation):
 
 
 @op(
-    "ensemble.batch_ensemble",
+    "ensemble.member_linear",
     "member_linear_saved(Tensor x, Tensor weight, Tensor? bias, int activation) -> (Tensor y, Tensor z)",
 )
 def _(x, weight, bias, activation):
@@ -178,7 +181,7 @@ def _(x, weight, bias, activation):
 
 
 @op(
-    "ensemble.batch_ensemble",
+    "ensemble.member_linear",
     "member_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? saved, int activation,"
     " bool bias_per_member, bool need_x, bool need_weight, bool need_bias)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",

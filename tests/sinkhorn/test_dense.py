@@ -1,8 +1,6 @@
-"""Core dense: Sinkhorn against the plain loop in float64, against POT, its gradients, and its bad input."""
+"""Core dense: Sinkhorn against the plain loop in float64 and against POT, its gradients, its extremes."""
 
-import copy
 import math
-import pickle
 import warnings
 
 import pytest
@@ -10,27 +8,15 @@ import torch
 from helpers import DEVICE, INTERPRETED, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
+from sinkhorn_problems import problem
 
 import solera
-from solera.sinkhorn import SinkhornResult, sinkhorn
+from solera.sinkhorn import sinkhorn
 
-ops = torch.ops.solera
 INF = math.inf
 # One row or column, below a vector, with a tail, more than one block of rows, wider than a GPU tile of rows.
 SHAPES = [(1, 1), (1, 9), (9, 1), (5, 7), (33, 20), (70, 130), (131, 37)]
 LARGE = [(3, 4200)] if INTERPRETED else [(300, 520), (2, 5000), (700, 700)]
-
-
-def problem(*shape, dtype=torch.float32, zeros=False, grad=False):
-    """A cost in [0, 1] and two marginals, some weights 0 if asked."""
-    *batch, n, m = shape
-    cost = torch.rand(*shape, dtype=torch.float64)
-    a, b = (torch.rand(*batch, k, dtype=torch.float64) + 0.05 for k in (n, m))
-    if zeros:
-        a[..., n // 2] *= float(n == 1)
-        b[..., m // 3] *= float(m == 1)
-    a, b = a / a.sum(-1, keepdim=True), b / b.sum(-1, keepdim=True)
-    return [t.to(device=DEVICE, dtype=dtype).requires_grad_(grad) for t in (cost, a, b)]
 
 
 def loop(cost, a, b, epsilon, iterations):
@@ -76,7 +62,7 @@ def test_iterates_against_float64(shape, epsilon, dtype):
     assert ours.iterations == iterations
 
 
-@pytest.mark.parametrize("epsilon", [0.01, 0.3])
+@pytest.mark.parametrize("epsilon", [0.3] if INTERPRETED else [0.01, 0.3])
 def test_against_pot(epsilon):
     ot = pytest.importorskip("ot", reason="POT is not installed")
     cost, a, b = problem(12, 17, dtype=torch.float64)
@@ -89,7 +75,7 @@ def test_against_pot(epsilon):
     torch.testing.assert_close(ours.cost.cpu(), (plan * args[2]).sum() + epsilon * kl)
 
 
-@pytest.mark.parametrize("epsilon", [0.05, 0.5])
+@pytest.mark.parametrize("epsilon", [0.5] if INTERPRETED else [0.05, 0.5])
 def test_gradients_against_pot(epsilon):
     """POT's tape through its iterations, at convergence."""
     ot = pytest.importorskip("ot", reason="POT is not installed")
@@ -251,12 +237,13 @@ def test_shared_marginal_gets_the_sum_of_gradients():
 def test_nothing_grows_with_iterations():
     cost = torch.rand(64, 64, requires_grad=True)
     for iterations in (1, 100):
-        saved = []
+        saved = {}
         with torch.autograd.graph.saved_tensors_hooks(
-            lambda t: saved.append(t.numel()) or t, lambda t: t
+            lambda t: saved.update({t.data_ptr(): t.numel()}) or t, lambda t: t
         ):
-            sinkhorn(cost, epsilon=0.1, max_iterations=iterations)
-        assert sum(saved) == 64 * 64 + 4 * 64
+            result = sinkhorn(cost, epsilon=0.1, max_iterations=iterations)
+        assert sum(saved.values()) == 64 * 64 + 4 * 64
+        del result
 
 
 # ---- stopping ----------------------------------------------------------------------------------------
@@ -463,181 +450,3 @@ def test_any_shape_dtype_and_scale(n, m, batch, dtype, epsilon, scale, zeros, it
     torch.testing.assert_close(
         r.plan().double(), plan, rtol=100 * unit * max(1.0, scale / epsilon), atol=1e-30
     )
-
-
-# ---- the contract with torch --------------------------------------------------------------------------
-
-
-def test_opcheck():
-    cost, a, b = problem(3, 6, 5)
-    views = (cost, cost.transpose(0, 1).contiguous().transpose(0, 1), cost[:1].expand(3, 6, 5))
-    for c in views:
-        for init in ((None, None), (torch.rand_like(a), torch.rand_like(b))):
-            args = (c, a, b, *init, 0.1, 5, 1e-3, 2)
-            torch.library.opcheck(ops.sinkhorn_dense.default, args)
-        f, g = ops.sinkhorn_dense(c, a, b, None, None, 0.1, 5, 0.0, 10)[:2]
-        for y in (None, b):
-            torch.library.opcheck(ops.sinkhorn_plan.default, (c, a, b, f, g, a, y, 0.1))
-        for grad in (c, torch.ones((), device=DEVICE).expand(3, 6, 5)):
-            args = (grad, c, a, b, f, g, 0.1)
-            torch.library.opcheck(ops.sinkhorn_plan_backward.default, args)
-
-
-def compiled_matches(backend):
-    def f(cost, a, b):
-        r = sinkhorn(cost * 2, a.softmax(-1), b.softmax(-1), epsilon=0.3, tolerance=1e-3)
-        return r, r.plan(), r.cost.sum() + r.transport_cost().sum() + r.f.sin().sum()
-
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend=backend)
-    for shape in ((2, 4, 6), (3, 7, 5)):
-        tensors = [t.requires_grad_() for t in problem(*shape)]
-        want, got = f(*tensors), compiled(*tensors)
-        assert isinstance(got[0], SinkhornResult)
-        torch.testing.assert_close(got[1], want[1])
-        for name in ("f", "g", "cost", "iterations", "marginal_error", "converged"):
-            torch.testing.assert_close(getattr(got[0], name), getattr(want[0], name))
-        torch.testing.assert_close(
-            torch.autograd.grad(got[2], tensors), torch.autograd.grad(want[2], tensors)
-        )
-
-
-def test_compile_aot_eager():
-    compiled_matches("aot_eager")
-
-
-@pytest.mark.inductor
-@pytest.mark.no_interpreter
-def test_compile_inductor():
-    compiled_matches("inductor")
-
-
-def test_torch_func():
-    cost, a, b = problem(2, 4, 5, dtype=torch.float64)
-    options = {"epsilon": 0.5, "max_iterations": 100}
-    value = lambda c, a, b: sinkhorn(c, a, b, **options).transport_cost()
-    x = cost.clone().requires_grad_()
-    want = torch.autograd.grad(value(x, a, b).sum(), x)[0]
-    each = torch.func.vmap(torch.func.grad(value))(cost, a, b)
-    torch.testing.assert_close(each, want)
-    torch.testing.assert_close(torch.func.vmap(value)(cost, a, b), value(cost, a, b))
-    _, tangent = torch.func.jvp(
-        lambda c: value(c, a[0], b[0]), (cost[0],), (a[0][:, None] * cost[0],)
-    )
-    torch.testing.assert_close(tangent, (want[0] * a[0][:, None] * cost[0]).sum())
-
-
-def test_backend_switch_and_autocast():
-    cost, a, b = (t.requires_grad_() for t in problem(9, 7))
-    run = lambda: sinkhorn(cost, a, b, epsilon=0.1, max_iterations=40)
-    r = run()
-    with solera.backend("reference"):
-        q = run()
-        slow = torch.autograd.grad(q.plan().square().sum() + q.cost, (cost, a, b))
-    torch.testing.assert_close(q.plan(), r.plan())
-    fast = torch.autograd.grad(r.plan().square().sum() + r.cost, (cost, a, b))
-    torch.testing.assert_close(fast, slow, rtol=1e-4, atol=1e-5)
-    with torch.autocast(DEVICE, dtype=torch.bfloat16):
-        t = run()
-        assert t.f.dtype == torch.float32
-        assert torch.equal(t.plan(), r.plan())
-        half = sinkhorn(cost.bfloat16(), epsilon=0.1)
-        assert half.f.dtype == torch.float32
-
-
-def test_result_is_a_pytree_and_copies():
-    cost, a, b = problem(2, 4, 5)
-    r = sinkhorn(cost, a, b, epsilon=0.1)
-    leaves, spec = torch.utils._pytree.tree_flatten(r)
-    assert len(leaves) == 9
-    back = torch.utils._pytree.tree_unflatten(leaves, spec)
-    double = torch.utils._pytree.tree_map(lambda t: t.double() if t.is_floating_point() else t, r)
-    for other in (back, copy.deepcopy(r), pickle.loads(pickle.dumps(r))):
-        assert torch.equal(other.plan(), r.plan())
-    torch.testing.assert_close(double.plan().float(), r.plan())
-
-
-# ---- bad input ---------------------------------------------------------------------------------------
-
-C = torch.rand(2, 3, 4, device=DEVICE)
-W = torch.full((2, 3), 1 / 3, device=DEVICE)
-BAD = [
-    (lambda: sinkhorn([[1.0]], epsilon=1), TypeError, "cost: expected a torch.Tensor, got list"),
-    (lambda: sinkhorn(C.int(), epsilon=1), TypeError, "cost: expected float32.*int32"),
-    (lambda: sinkhorn(C[0, 0], epsilon=1), ValueError, r"cost: expected at least 2 dim.*\(4,\)"),
-    (lambda: sinkhorn(C[:, :0], epsilon=1), ValueError, r"cost: expected at least one row.*0, 4"),
-    (lambda: sinkhorn(C[..., :0], epsilon=1), ValueError, "cost: expected at least one row"),
-    (lambda: sinkhorn(C), TypeError, "epsilon"),
-    (lambda: sinkhorn(C, epsilon=0.0), ValueError, "epsilon: expected a number > 0, got 0.0"),
-    (lambda: sinkhorn(C, epsilon=-1), ValueError, "epsilon: expected a number > 0"),
-    (lambda: sinkhorn(C, epsilon=INF), ValueError, "epsilon: expected a finite number"),
-    (lambda: sinkhorn(C, epsilon="1e"), TypeError, "epsilon: expected a number"),
-    (lambda: sinkhorn(C, epsilon=1, max_iterations=0), ValueError, "max_iterations: expected at least 1"),
-    (lambda: sinkhorn(C, epsilon=1, max_iterations=2.0), TypeError, "max_iterations: expected an int"),
-    (lambda: sinkhorn(C, epsilon=1, check_every=0), ValueError, "check_every: expected at least 1"),
-    (lambda: sinkhorn(C, epsilon=1, tolerance=-1.0), ValueError, "tolerance: expected a finite number"),
-    (lambda: sinkhorn(C, epsilon=1, validate="yes"), ValueError, "validate: expected one of"),
-    (lambda: sinkhorn(C, W[:, :2], epsilon=1), ValueError, r"a: expected shape \(2, 3\).*\(2, 2\)"),
-    (lambda: sinkhorn(C, W[0, :2], epsilon=1), ValueError, r"a: expected shape \(3,\).*\(2,\)"),
-    (lambda: sinkhorn(C, W[:1], epsilon=1), ValueError, r"a: expected shape \(2, 3\).*\(1, 3\)"),
-    (lambda: sinkhorn(C, None, W, epsilon=1), ValueError, r"b: expected shape \(2, 4\).*\(2, 3\)"),
-    (lambda: sinkhorn(C, W.double(), epsilon=1), TypeError, "a: float64 with cost of torch.float32"),
-    (lambda: sinkhorn(C, W.to("meta"), epsilon=1), ValueError, "a: expected device"),
-    (lambda: sinkhorn(C, 2 * W, epsilon=1, validate=True), ValueError, "a, b: expected equal totals, got 2 and 1"),
-    (lambda: sinkhorn(C, 0 * W, epsilon=1, validate=True), ValueError, "a: expected a positive total"),
-    (lambda: sinkhorn(C, -W, epsilon=1, validate=True), ValueError, "a: expected finite weights >= 0"),
-    (lambda: sinkhorn(C * math.nan, epsilon=1, validate=True), ValueError, "cost: expected numbers.*NaN"),
-    (lambda: sinkhorn(C - INF, epsilon=1, validate=True), ValueError, "cost: expected numbers.*-inf"),
-    (lambda: sinkhorn(C + INF, epsilon=1, validate=True), ValueError, "cost: a row with positive weight"),
-    (lambda: sinkhorn(C, epsilon=1, init=W), TypeError, "init: expected None, a pair"),
-    (lambda: sinkhorn(C, epsilon=1, init=(W, W)), ValueError, r"init\[1\]: expected shape \(2, 4\)"),
-    (lambda: sinkhorn(C, epsilon=1, init=(W, None)), TypeError, r"init\[1\]: expected a torch.Tensor"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("call, error, match", BAD, ids=[m for _, _, m in BAD])
-def test_bad_input(call, error, match):
-    with pytest.raises(error, match=match):
-        call()
-
-
-def test_differing_totals_without_validation():
-    r = sinkhorn(C, 2 * W, epsilon=0.5, validate=False)
-    assert not r.converged.any() and torch.isfinite(r.f).all()
-    torch.testing.assert_close(r.marginal_error, torch.ones(2, device=DEVICE), atol=1e-3, rtol=0)
-
-
-ODD = st.one_of(
-    st.none(),
-    st.floats(),
-    st.integers(-2, 3),
-    st.sampled_from(["auto", (), (1.0, 2.0), [], {}]),
-    st.builds(
-        lambda shape, dtype: torch.ones(shape, dtype=dtype, device=DEVICE),
-        st.lists(st.integers(0, 3), max_size=3),
-        st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16]),
-    ),
-)
-
-
-@given(cost=ODD, a=ODD, b=ODD, epsilon=ODD, iterations=ODD, tolerance=ODD, init=ODD)
-def test_any_argument_gives_a_result_or_a_clear_error(
-    cost, a, b, epsilon, iterations, tolerance, init
-):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            r = sinkhorn(
-                cost,
-                a,
-                b,
-                epsilon=epsilon,
-                max_iterations=iterations,
-                tolerance=tolerance,
-                init=init,
-            )
-        except (ValueError, TypeError) as error:
-            assert str(error).split(":")[0].split("[")[0] in (
-                "cost", "a", "b", "a, b", "epsilon", "max_iterations", "tolerance", "init",
-            )  # fmt: skip
-        else:
-            assert r.plan().shape == cost.shape

@@ -1,11 +1,13 @@
 // K linear layers with a weight each, forward and backward:
 //
 //   y_bk = act(W_k^T x_bk + b_k),   W (K, I, O)
-//   dx_bk = W_k delta_bk     dW_k = sum_b x_bk delta_bk^T     db_k = sum_b delta_bk,   delta = dy * act'(z)
+//   dx_bk = W_k delta_bk     dW_k = sum_b x_bk delta_bk^T     db_k = sum_b delta_bk,   delta = dy *
+//   act'(z)
 //
-// Operations: forward 2 B K I O, backward twice that. Bytes, at least: x, W and y once (and z for gelu,
-// silu), then dy, x, W, saved, dx and dW once: for small batches the weights are all of it. Half-precision
-// weights are widened a member at a time into the thread's own cache, never as a whole.
+// Operations: forward 2 B K I O, backward twice that. Bytes, at least: x, W and y once (and z for
+// gelu, silu), then dy, x, W, saved, dx and dW once: for small batches the weights are all of it.
+// Half-precision weights are widened a member at a time into the thread's own cache, never as a
+// whole.
 //
 // Sums over the batch and (for a shared x) over members run in a fixed order.
 #include "tiles.h"
@@ -21,11 +23,15 @@ struct MemberSizes {
   int64_t items, members, in, out;
   bool shared;
   MemberSizes(const Tensor& x, const Tensor& weight)
-      : items(x.size(0)), members(weight.size(0)), in(weight.size(1)), out(weight.size(2)),
+      : items(x.size(0)),
+        members(weight.size(0)),
+        in(weight.size(1)),
+        out(weight.size(2)),
         shared(x.dim() == 2) {}
   // Batch items [begin, end) of member k as a tile.
   EnsembleTile tile(const Engine& e, int64_t k, int64_t begin, int64_t end, int64_t columns) const {
-    return {begin * members + k, members, end - begin, e.padded(end - begin), members, columns, shared};
+    return {
+        begin * members + k, members, end - begin, e.padded(end - begin), members, columns, shared};
   }
 };
 
@@ -36,8 +42,9 @@ struct MemberWeights {
   int64_t numel, step;
   MemberWeights(const Engine& e, const Tensor& weight) : numel(weight.size(1) * weight.size(2)) {
     const bool half = weight.element_size() == 2;
-    owner = weight.scalar_type() == e.tile || (half && e.tile == ScalarType::Float) ? dense(weight)
-                                                                                   : as(weight, e.tile);
+    owner = weight.scalar_type() == e.tile || (half && e.tile == ScalarType::Float)
+                ? dense(weight)
+                : as(weight, e.tile);
     if (owner.scalar_type() != e.tile) widen = &pick_ensemble_tables().of[dtype_of(owner)];
     step = numel * owner.element_size();
   }
@@ -50,10 +57,11 @@ struct MemberWeights {
   }
 };
 
-// Calls body(k, begin, end, weight of k, scratch) for tiles of batch items of every member, in parallel.
+// Calls body(k, begin, end, weight of k, scratch) for tiles of batch items of every member, in
+// parallel.
 template <class F>
-void for_member_tiles(const Engine& e, const Tensor& like, const MemberSizes& n, const MemberWeights& w,
-                      const F& body) {
+void for_member_tiles(const Engine& e, const Tensor& like, const MemberSizes& n,
+                      const MemberWeights& w, const F& body) {
   if (n.items == 0) return;
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   const int64_t pieces = n.members >= 2 * threads ? 1 : ceil_div(2 * threads, n.members);
@@ -67,13 +75,14 @@ void for_member_tiles(const Engine& e, const Tensor& like, const MemberSizes& n,
     for (int64_t t = begin; t < end; ++t) {
       const int64_t k = t / count, first = t % count * tile;
       if (t == begin || t % count == 0) ready = w.get(k, weight.mutable_data_ptr());
-      body(k, first, first + tile < n.items ? first + tile : n.items, ready, scratch.mutable_data_ptr());
+      body(k, first, first + tile < n.items ? first + tile : n.items, ready,
+           scratch.mutable_data_ptr());
     }
   });
 }
 
-std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, const OptTensor& bias_in,
-                                   int64_t activation, bool save) {
+std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight,
+                                   const OptTensor& bias_in, int64_t activation, bool save) {
   const Tensor x = dense(x_in);
   const Engine e(x);
   const MemberSizes n(x, weight);
@@ -86,29 +95,33 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, con
   const void* xp = x.const_data_ptr();
   void *yp = y.mutable_data_ptr(), *zp = keep_z ? z.mutable_data_ptr() : nullptr;
   const bool plain_y = !bias.given && activation == 0;
-  for_member_tiles(e, x, n, w, [&](int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch) {
-    const EnsembleTile in = n.tile(e, k, begin, end, n.in), out = n.tile(e, k, begin, end, n.out);
-    const bool in_place = in.count == in.padded && e.stored_as_tile;
-    Matrix left{scratch, in.padded, n.in, n.in, 1};
-    if (in_place) {
-      left.data = e.at_stored(xp, (n.shared ? begin : in.base) * n.in);
-      left.row_step = n.shared ? n.in : n.members * n.in;
-    } else {
-      e.run.scale(xp, ones.rows, scratch, in);
-    }
-    const EnsembleMatrix h{in_place ? e.at(yp, out.base * n.out) : e.at(scratch, in.padded * n.in),
-                           in_place ? n.members * n.out : n.out};
-    e.product(h, left, {wk, n.in, n.out, n.out, 1});
-    if (!(in_place && plain_y)) e.run.finish(h, ones.rows, bias.rows, yp, zp, out, int(activation));
-  });
+  for_member_tiles(e, x, n, w,
+                   [&](int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch) {
+                     const EnsembleTile in = n.tile(e, k, begin, end, n.in),
+                                        out = n.tile(e, k, begin, end, n.out);
+                     const bool in_place = in.count == in.padded && e.stored_as_tile;
+                     Matrix left{scratch, in.padded, n.in, n.in, 1};
+                     if (in_place) {
+                       left.data = e.at_stored(xp, (n.shared ? begin : in.base) * n.in);
+                       left.row_step = n.shared ? n.in : n.members * n.in;
+                     } else {
+                       e.run.scale(xp, ones.rows, scratch, in);
+                     }
+                     const EnsembleMatrix h{
+                         in_place ? e.at(yp, out.base * n.out) : e.at(scratch, in.padded * n.in),
+                         in_place ? n.members * n.out : n.out};
+                     e.product(h, left, {wk, n.in, n.out, n.out, 1});
+                     if (!(in_place && plain_y))
+                       e.run.finish(h, ones.rows, bias.rows, yp, zp, out, int(activation));
+                   });
   return {y, z};
 }
 
 Tensor member_linear(const Tensor& x, const Tensor& weight, OptTensor bias, int64_t activation) {
   return std::get<0>(forward(x, weight, bias, activation, false));
 }
-std::tuple<Tensor, Tensor> member_linear_saved(const Tensor& x, const Tensor& weight, OptTensor bias,
-                                               int64_t activation) {
+std::tuple<Tensor, Tensor> member_linear_saved(const Tensor& x, const Tensor& weight,
+                                               OptTensor bias, int64_t activation) {
   return forward(x, weight, bias, activation, true);
 }
 
@@ -121,7 +134,8 @@ struct MemberBackward {
   int activation;
 
   // One tile: delta, then its product with W_k^T.
-  void input_tile(int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch, void* dx) const {
+  void input_tile(int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch,
+                  void* dx) const {
     const EnsembleTile in = n.tile(e, k, begin, end, n.in), out = n.tile(e, k, begin, end, n.out);
     e.run.delta(dy, saved, ones, scratch, out, activation);
     const bool in_place = in.count == in.padded && e.stored_as_tile && !n.shared;
@@ -134,15 +148,17 @@ struct MemberBackward {
   void input(const Tensor& weight, void* dx) const {
     if (!n.shared) {
       const MemberWeights w(e, weight);
-      for_member_tiles(e, like, n, w, [&](int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch) {
-        input_tile(k, begin, end, wk, scratch, dx);
-      });
+      for_member_tiles(e, like, n, w,
+                       [&](int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch) {
+                         input_tile(k, begin, end, wk, scratch, dx);
+                       });
       return;
     }
     const Tensor all = as(weight, e.tile);
     for_tiles(e, like, n.items, 1, n.in + n.out, [&](int64_t begin, int64_t end, void* scratch) {
       for (int64_t k = 0; k < n.members; ++k)
-        input_tile(k, begin, end, e.at(const_cast<void*>(all.const_data_ptr()), k * n.in * n.out), scratch, dx);
+        input_tile(k, begin, end, e.at(const_cast<void*>(all.const_data_ptr()), k * n.in * n.out),
+                   scratch, dx);
     });
   }
 
@@ -155,7 +171,8 @@ struct MemberBackward {
       const int64_t chunk = n.items < kBatchChunk ? n.items : kBatchChunk;
       Tensor delta = e.scratch(like, chunk * kMemberBlock);
       Tensor copy = e.scratch(like, e.stored_as_tile ? 0 : chunk * n.in);
-      Tensor part = e.scratch(like, n.in * kMemberBlock), sum = e.scratch(like, n.in * kMemberBlock, true);
+      Tensor part = e.scratch(like, n.in * kMemberBlock),
+             sum = e.scratch(like, n.in * kMemberBlock, true);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t k = task / blocks, o = task % blocks * kMemberBlock;
         const int64_t width = n.out - o < kMemberBlock ? n.out - o : kMemberBlock;
@@ -165,15 +182,16 @@ struct MemberBackward {
         if (!direct) std::memset(sum.mutable_data_ptr(), 0, size_t(n.in * width * e.real_size));
         for (int64_t b = 0; b < n.items || b == 0; b += chunk) {
           const int64_t stop = b + chunk < n.items ? b + chunk : n.items;
-          e.run.gather_delta(dy, saved, delta.mutable_data_ptr(), db_row, {k, b, stop, n.members}, n.out, o,
-                             width, activation);
+          e.run.gather_delta(dy, saved, delta.mutable_data_ptr(), db_row, {k, b, stop, n.members},
+                             n.out, o, width, activation);
           if (dweight) {
             const int64_t step = n.shared ? n.in : n.members * n.in;
             const void* from = e.at_stored(x, (n.shared ? b : b * n.members + k) * n.in);
             Matrix left{from, n.in, stop - b, 1, step};
             if (!e.stored_as_tile) {
               for (int64_t j = 0; j < stop - b; ++j)
-                e.run.widen(e.at_stored(from, j * step), e.at(copy.mutable_data_ptr(), j * n.in), n.in);
+                e.run.widen(e.at_stored(from, j * step), e.at(copy.mutable_data_ptr(), j * n.in),
+                            n.in);
               left = {copy.const_data_ptr(), n.in, stop - b, 1, n.in};
             }
             EnsembleMatrix to{direct ? sum.mutable_data_ptr() : part.mutable_data_ptr(), width};
@@ -195,9 +213,11 @@ struct MemberBackward {
   }
 };
 
-std::tuple<Tensor, Tensor, Tensor> member_linear_backward(
-    const Tensor& dy_in, const Tensor& x_in, const Tensor& weight, OptTensor saved_in, int64_t activation,
-    bool bias_per_member, bool need_x, bool need_weight, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> member_linear_backward(const Tensor& dy_in, const Tensor& x_in,
+                                                          const Tensor& weight, OptTensor saved_in,
+                                                          int64_t activation, bool bias_per_member,
+                                                          bool need_x, bool need_weight,
+                                                          bool need_bias) {
   const Tensor dy = dense(dy_in), x = dense(x_in);
   const Tensor saved = saved_in.has_value() ? dense(*saved_in) : dy;
   const Engine e(x);
@@ -209,9 +229,19 @@ std::tuple<Tensor, Tensor, Tensor> member_linear_backward(
   const ScalarType dw_type = e.real == ScalarType::Double ? e.real : weight.scalar_type();
   Tensor dx = empty_like(x, need_x ? sizes_of(x) : none);
   Tensor dw = empty_like(weight, need_weight ? sizes_of(weight) : none, dw_type);
-  Tensor db = empty_like(x, !need_bias ? none : bias_per_member ? per_member : Shape{n.out}, e.real);
-  const MemberBackward call{e, n, x, dy.const_data_ptr(), x.const_data_ptr(), saved.const_data_ptr(),
-                            ones.rows, int(activation)};
+  Tensor db = empty_like(x,
+                         !need_bias        ? none
+                         : bias_per_member ? per_member
+                                           : Shape{n.out},
+                         e.real);
+  const MemberBackward call{e,
+                            n,
+                            x,
+                            dy.const_data_ptr(),
+                            x.const_data_ptr(),
+                            saved.const_data_ptr(),
+                            ones.rows,
+                            int(activation)};
   if (need_x) {
     const bool sum = n.shared, apart = sum && x.scalar_type() != e.real;
     Tensor to = apart ? e.scratch(x, n.items * n.in, true) : dx;

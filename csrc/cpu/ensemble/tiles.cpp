@@ -1,5 +1,6 @@
 // The elementwise work around the products of the ensemble ops: scales, bias, activation and their
-// derivatives on tiles of rows. What the ops do with it stands in batch_ensemble.cpp and member_linear.cpp.
+// derivatives on tiles of rows. What the ops do with it stands in batch_ensemble.cpp and
+// member_linear.cpp.
 #include "tiles.h"
 
 namespace solera {
@@ -118,7 +119,9 @@ struct Ensemble {
       const int64_t n = t.base + j * t.step;
       const T* from = (const T*)x + (t.shared ? n / t.members : n) * D;
       const Real* by = row(r, n % t.members);
-      strips<T>(D, [&](int64_t i, int c) { put(tile + j * D + i, get(from + i, c) * get(by + i, c), c); });
+      strips<T>(D, [&](int64_t i, int c) {
+        put(tile + j * D + i, get(from + i, c) * get(by + i, c), c);
+      });
     }
     zero_rest(tile, t);
   }
@@ -145,8 +148,8 @@ struct Ensemble {
     finish_as<kNone>(h, s, bias, y, z, t);
   }
 
-  static void delta(const void* dy, const void* saved, EnsembleRows s, void* out, const EnsembleTile& t,
-                    int activation) {
+  static void delta(const void* dy, const void* saved, EnsembleRows s, void* out,
+                    const EnsembleTile& t, int activation) {
     const int64_t D = t.columns;
     C* tile = (C*)out;
     for (int64_t j = 0; j < t.count; ++j) {
@@ -178,7 +181,8 @@ struct Ensemble {
     }
   }
 
-  // delta of one member, columns [first, first + width), as a dense tile; dbias += its sum over the batch.
+  // delta of one member, columns [first, first + width), as a dense tile; dbias += its sum over the
+  // batch.
   static void gather_delta(const void* dy, const void* saved, void* out, void* dbias,
                            const EnsembleSpan& span, int64_t columns, int64_t first, int64_t width,
                            int activation) {
@@ -249,8 +253,9 @@ struct Ensemble {
       });
     }
   }
-  static void member_dots_delta(const void* dy, const void* saved, EnsembleMatrix h, void* ds, void* db,
-                                const EnsembleSpan& span, int64_t columns, int activation) {
+  static void member_dots_delta(const void* dy, const void* saved, EnsembleMatrix h, void* ds,
+                                void* db, const EnsembleSpan& span, int64_t columns,
+                                int activation) {
     if (ds) memset(ds, 0, size_t(columns) * sizeof(Real));
     if (db) memset(db, 0, size_t(columns) * sizeof(Real));
     for (int64_t b = span.begin; b < span.end; ++b) {
@@ -281,7 +286,8 @@ struct Ensemble {
     constexpr int64_t kBlock = 16;
     for (int64_t i = begin * kBlock; i < end * kBlock && i < rows; i += kBlock)
       for (int64_t j = 0; j < columns; j += kBlock) {
-        const int64_t m = rows - i < kBlock ? rows - i : kBlock, n = columns - j < kBlock ? columns - j : kBlock;
+        const int64_t m = rows - i < kBlock ? rows - i : kBlock,
+                      n = columns - j < kBlock ? columns - j : kBlock;
         C block[kBlock][kBlock];
         for (int64_t a = 0; a < m; ++a)
           memcpy((void*)block[a], (const C*)w + (i + a) * columns + j, size_t(n) * sizeof(C));
@@ -291,8 +297,9 @@ struct Ensemble {
   }
 
   static constexpr EnsembleTable table() {
-    return {scale,       finish,           delta, finish_dx, gather_delta, combine,
-            member_dots, member_dots_delta, add,  transpose, round,        widen};
+    return {scale,        finish,    delta,       finish_dx,
+            gather_delta, combine,   member_dots, member_dots_delta,
+            add,          transpose, round,       widen};
   }
 };
 
@@ -309,4 +316,3 @@ const EnsembleTables ensemble_tables = {{
 
 }  // namespace SOLERA_ISA
 }  // namespace solera
-

@@ -1,19 +1,20 @@
 // Tiles of rows and the products on them, shared by the two ensemble ops.
 //
-// Row n of the flattened (B*K, .) operands belongs to member n % K and to batch item n / K. A product runs
-// on tiles of rows: the input scale is applied on the way into a tile; output scale, bias and activation on
-// the way out of it, both while it is in cache.
+// Row n of the flattened (B*K, .) operands belongs to member n % K and to batch item n / K. A
+// product runs on tiles of rows: the input scale is applied on the way into a tile; output scale,
+// bias and activation on the way out of it, both while it is in cache.
 //
 // Products run in the accumulator's type; bfloat16 tiles are multiplied as they are only where the
-// processor has instructions for it (SOLERA_GEMM=native|float32 overrides). Tiles hold a multiple of 16
-// rows, for which BLAS libraries give a row the same bits whatever the other rows are (see
+// processor has instructions for it (SOLERA_GEMM=native|float32 overrides). Tiles hold a multiple
+// of 16 rows, for which BLAS libraries give a row the same bits whatever the other rows are (see
 // docs/performance/batch_ensemble.md); SOLERA_FIXED_TILES=1 does not rely on that.
 #pragma once
 #include "../simd.h"
 
 namespace solera {
 
-// Tile row j is row base + j * step of the (B*K) rows; `padded` >= count rows exist, the rest is zero.
+// Tile row j is row base + j * step of the (B*K) rows; `padded` >= count rows exist, the rest is
+// zero.
 struct EnsembleTile {
   int64_t base, step, count, padded, members, columns;
   bool shared;  // x is (B, columns)
@@ -40,17 +41,19 @@ struct EnsembleTable {
                 int activation);
   void (*finish_dx)(EnsembleMatrix d, EnsembleRows r, void* dx, const EnsembleTile&);
   void (*gather_delta)(const void* dy, const void* saved, void* tile, void* dbias,
-                       const EnsembleSpan&, int64_t columns, int64_t first, int64_t width, int activation);
+                       const EnsembleSpan&, int64_t columns, int64_t first, int64_t width,
+                       int activation);
   void (*combine)(const void* g, EnsembleMatrix w, EnsembleMatrix dw, const void* r, const void* s,
                   void* dr, void* ds, int64_t rows, int64_t width);
   void (*member_dots)(const void* x, bool shared, EnsembleMatrix d, void* out, const EnsembleSpan&,
                       int64_t columns);
   void (*member_dots_delta)(const void* dy, const void* saved, EnsembleMatrix h, void* ds, void* db,
                             const EnsembleSpan&, int64_t columns, int activation);
-  void (*add)(const void* part, void* sum, int64_t n);      // sum += part, part in the tile's type
-  void (*transpose)(const void* w, void* out, int64_t rows, int64_t columns, int64_t begin, int64_t end);
-  void (*round)(const void* sum, void* out, int64_t n);     // accumulator -> storage
-  void (*widen)(const void* in, void* out, int64_t n);      // storage -> tile
+  void (*add)(const void* part, void* sum, int64_t n);  // sum += part, part in the tile's type
+  void (*transpose)(const void* w, void* out, int64_t rows, int64_t columns, int64_t begin,
+                    int64_t end);
+  void (*round)(const void* sum, void* out, int64_t n);  // accumulator -> storage
+  void (*widen)(const void* in, void* out, int64_t n);   // storage -> tile
 };
 
 // By Dtype, and last bfloat16 with bfloat16 tiles.
@@ -83,8 +86,8 @@ constexpr int64_t kBatchChunk = 512;  // batch items one product sums over
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 inline int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
-// Every tile padded to one shape and no product whose layout depends on the batch: a row's bits then do
-// not depend on the BLAS treating all row counts alike.
+// Every tile padded to one shape and no product whose layout depends on the batch: a row's bits
+// then do not depend on the BLAS treating all row counts alike.
 inline bool fixed_tiles() {
   const char* value = std::getenv("SOLERA_FIXED_TILES");
   return value && *value && std::strcmp(value, "0") != 0;
@@ -140,11 +143,16 @@ struct Engine {
     return empty_like(like, {n > 0 ? n : 1}, sums ? real : tile);
   }
   void* at(void* p, int64_t n) const { return static_cast<char*>(p) + n * tile_size; }
-  void* at_real(void* p, int64_t n) const { return p ? static_cast<char*>(p) + n * real_size : nullptr; }
-  const void* at_stored(const void* p, int64_t n) const { return static_cast<const char*>(p) + n * size; }
+  void* at_real(void* p, int64_t n) const {
+    return p ? static_cast<char*>(p) + n * real_size : nullptr;
+  }
+  const void* at_stored(const void* p, int64_t n) const {
+    return static_cast<const char*>(p) + n * size;
+  }
   int64_t padded(int64_t count) const { return fixed ? max_rows : round_up(count, kRowQuantum); }
 
-  // out = a b, single-threaded inside a parallel region. out is (a.rows, b.columns) of the tile's type.
+  // out = a b, single-threaded inside a parallel region. out is (a.rows, b.columns) of the tile's
+  // type.
   void product(EnsembleMatrix out, const Matrix& a, const Matrix& b) const {
     if (a.rows == 0 || b.columns == 0) return;
     if (a.columns == 0) {
@@ -152,7 +160,8 @@ struct Engine {
         std::memset(at(out.data, i * out.stride), 0, size_t(b.columns * tile_size));
       return;
     }
-    const Blob c({out.data, a.rows, b.columns, out.stride, 1}, tile_code), l(a, tile_code), r(b, tile_code);
+    const Blob c({out.data, a.rows, b.columns, out.stride, 1}, tile_code), l(a, tile_code),
+        r(b, tile_code);
     STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(c.handle, l.handle, r.handle));
   }
 
@@ -161,8 +170,9 @@ struct Engine {
     AtenTensorHandle handle = nullptr;
     Blob(const Matrix& m, int32_t dtype) {
       const int64_t sizes[2] = {m.rows, m.columns}, strides[2] = {m.row_step, m.column_step};
-      STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_create_tensor_from_blob(
-          const_cast<void*>(m.data), 2, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), 0, &handle));
+      STABLE_TORCH_ERROR_CODE_CHECK(
+          aoti_torch_create_tensor_from_blob(const_cast<void*>(m.data), 2, sizes, strides, 0, dtype,
+                                             aoti_torch_device_type_cpu(), 0, &handle));
     }
     ~Blob() { aoti_torch_delete_tensor_object(handle); }
     Blob(const Blob&) = delete;
@@ -178,7 +188,8 @@ struct Parameter {
   Tensor owner;
   EnsembleRows rows;
   bool given;
-  Parameter(const OptTensor& t, const Tensor& like, int64_t width, double fill) : given(t.has_value()) {
+  Parameter(const OptTensor& t, const Tensor& like, int64_t width, double fill)
+      : given(t.has_value()) {
     const ScalarType real = accumulate_type(like);
     owner = given ? as(*t, real) : empty_like(like, {width}, real);
     for (int64_t i = 0; !given && i < width; ++i) {
@@ -191,13 +202,22 @@ struct Parameter {
   }
 };
 
-// Calls body(first, end, scratch) for the tiles of [0, rows), in parallel. Tasks hold whole multiples of
-// `unit` rows; a thread's scratch holds `width` elements for each row of a tile.
+// Items per task of a pass without a product. Up to kSerial elements in all it is one task: waiting
+// for a second thread costs more than the pass. Items do not meet, so the split changes no bit.
+constexpr int64_t kSerial = int64_t(1) << 17;
+inline int64_t pass_grain(int64_t items, int64_t elements_per_item) {
+  return items * elements_per_item <= kSerial ? items : 1;
+}
+
+// Calls body(first, end, scratch) for the tiles of [0, rows), in parallel. Tasks hold whole
+// multiples of `unit` rows; a thread's scratch holds `width` elements for each row of a tile.
 template <class F>
-void for_tiles(const Engine& e, const Tensor& like, int64_t rows, int64_t unit, int64_t width, const F& body) {
+void for_tiles(const Engine& e, const Tensor& like, int64_t rows, int64_t unit, int64_t width,
+               const F& body) {
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   const int64_t tiles = round_up(ceil_div(rows, e.max_rows), threads);
-  const int64_t tile = e.fixed ? e.max_rows : round_up(ceil_div(rows, tiles > 0 ? tiles : 1), kRowQuantum);
+  const int64_t tile =
+      e.fixed ? e.max_rows : round_up(ceil_div(rows, tiles > 0 ? tiles : 1), kRowQuantum);
   if (rows == 0) return;
   const int64_t task = unit == 1 ? tile : (tile > unit ? tile / unit : 1) * unit;
   parallel_for(0, ceil_div(rows, task), 1, [&](int64_t begin, int64_t end) {

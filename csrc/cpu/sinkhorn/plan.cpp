@@ -2,13 +2,15 @@
 //
 //   E_ij = exp((f_i + g_j - C_ij) / epsilon)
 //
-// plan:      out_ij = E_ij (x_i b_j + a_i y_j)     x = a, y = 0 is the plan itself; other x and y give
+// plan:      out_ij = E_ij (x_i b_j + a_i y_j)     x = a, y = 0 is the plan itself; other x and y
+// give
 //                                                  the gradients of the Sinkhorn map to its cost
 // backward:  for a gradient D of the plan,  dC = -D a b E / epsilon,
 //            row_sum_i = sum_j D_ij b_j E_ij,  column_sum_j = sum_i D_ij a_i E_ij
 //
-// from which the caller has every other gradient: da = row_sum, df = a row_sum / epsilon, and so on.
-// Bytes: plan reads C, writes out; backward reads C and D, writes dC. One exponential an element.
+// from which the caller has every other gradient: da = row_sum, df = a row_sum / epsilon, and so
+// on. Bytes: plan reads C, writes out; backward reads C and D, writes dC. One exponential an
+// element.
 #include "../exponential.h"
 
 namespace solera {
@@ -17,8 +19,8 @@ struct SinkhornPlan {
   const void *cost, *a, *b, *f, *g;  // a (n), b (m), f (n), g (m)
   const void *x, *y;                 // out = E * (x b^T + a y^T); y may be null
   void* out;
-  const void* grad;                  // backward only: the gradient of the plan
-  void *row_sum, *partial;           // sum_j grad b E (n); sum_i grad a E, [blocks][m]
+  const void* grad;         // backward only: the gradient of the plan
+  void *row_sum, *partial;  // sum_j grad b E (n); sum_i grad a E, [blocks][m]
   int64_t n, m, block_rows;
   double kappa, epsilon;
 };
@@ -30,8 +32,8 @@ struct PlanTable {
 struct PlanTables {
   PlanTable float32, float64;
 };
-// Rows whose column sums are added up before they meet those of other blocks: a constant, so that the
-// bits do not depend on the number of threads.
+// Rows whose column sums are added up before they meet those of other blocks: a constant, so that
+// the bits do not depend on the number of threads.
 constexpr int64_t kPlanBlockRows = 64;
 
 namespace SOLERA_ISA {
@@ -59,7 +61,8 @@ void plan_rows(const SinkhornPlan& p, int64_t first, int64_t last) {
     T* out = (T*)p.out + i * p.m;
     const auto value = [&](V<T> c, V<T> gj, V<T> bj, V<T> yj) {
       const V<T> e = kernel_of<T>(kappa * ((f[i] - c) + gj));
-      const V<T> first = x[i] * (bj * e);  // in this order a product of two tiny weights is never formed
+      const V<T> first =
+          x[i] * (bj * e);  // in this order a product of two tiny weights is never formed
       return y ? first + yj * (a[i] * e) : first;
     };
     int64_t j = 0;
@@ -67,8 +70,10 @@ void plan_rows(const SinkhornPlan& p, int64_t first, int64_t last) {
       store(out + j, value(load(row + j), load(g + j), load(b + j), y ? load(y + j) : V<T>{}));
     if (j < p.m) {
       const int k = int(p.m - j);
-      store_n(out + j, value(load_tail(row + j, k), load_tail(g + j, k), load_tail(b + j, k),
-                             y ? load_tail(y + j, k) : V<T>{}), k);
+      store_n(out + j,
+              value(load_tail(row + j, k), load_tail(g + j, k), load_tail(b + j, k),
+                    y ? load_tail(y + j, k) : V<T>{}),
+              k);
     }
   }
 }
@@ -104,8 +109,10 @@ void plan_blocks(const SinkhornPlan& p, int64_t first, int64_t last) {
       if (j < p.m) {
         const int k = int(p.m - j);
         V<T> column = load_tail(partial + j, k);
-        store_n(out + j, value(load_tail(row + j, k), load_tail(g + j, k), load_tail(b + j, k),
-                               load_tail(grad + j, k), column), k);
+        store_n(out + j,
+                value(load_tail(row + j, k), load_tail(g + j, k), load_tail(b + j, k),
+                      load_tail(grad + j, k), column),
+                k);
         store_n(partial + j, column, k);
       }
       ((T*)p.row_sum)[i] = lane_sum(sum);
@@ -140,8 +147,15 @@ struct PlanInputs {
   const PlanTable* table;
   PlanInputs(const Tensor& cost_in, const Tensor& a_in, const Tensor& b_in, const Tensor& f_in,
              const Tensor& g_in)
-      : cost(dense(cost_in)), a(dense(a_in)), b(dense(b_in)), f(dense(f_in)), g(dense(g_in)),
-        batch(cost.size(0)), n(cost.size(1)), m(cost.size(2)), size(cost.element_size()) {
+      : cost(dense(cost_in)),
+        a(dense(a_in)),
+        b(dense(b_in)),
+        f(dense(f_in)),
+        g(dense(g_in)),
+        batch(cost.size(0)),
+        n(cost.size(1)),
+        m(cost.size(2)),
+        size(cost.element_size()) {
     const auto& tables = pick_plan_tables();
     table = dtype_of(cost) == kFloat64 ? &tables.float64 : &tables.float32;
   }
@@ -186,29 +200,31 @@ Tensor sinkhorn_plan(const Tensor& cost, const Tensor& a, const Tensor& b, const
   return out;
 }
 
-std::tuple<Tensor, Tensor, Tensor> sinkhorn_plan_backward(
-    const Tensor& grad_in, const Tensor& cost, const Tensor& a, const Tensor& b, const Tensor& f,
-    const Tensor& g, double epsilon) {
+std::tuple<Tensor, Tensor, Tensor> sinkhorn_plan_backward(const Tensor& grad_in, const Tensor& cost,
+                                                          const Tensor& a, const Tensor& b,
+                                                          const Tensor& f, const Tensor& g,
+                                                          double epsilon) {
   const PlanInputs in(cost, a, b, f, g);
   const Tensor grad = dense(grad_in);
   const int64_t n = in.n, m = in.m, block_rows = kPlanBlockRows;
   const int64_t blocks = (n + block_rows - 1) / block_rows;
-  Tensor dcost = empty_like(in.cost, {in.batch, n, m}), row_sum = empty_like(in.cost, {in.batch, n});
+  Tensor dcost = empty_like(in.cost, {in.batch, n, m}),
+         row_sum = empty_like(in.cost, {in.batch, n});
   Tensor column_sum = empty_like(in.cost, {in.batch, m});
   Tensor partial = empty_like(in.cost, {in.batch, blocks, m});
   parallel_for(0, in.batch * blocks, grain_for(block_rows * m * in.size),
                [&](int64_t begin, int64_t end) {
-    for (int64_t k = begin / blocks; k * blocks < end; ++k) {
-      SinkhornPlan p = in.at(k, epsilon);
-      p.grad = in.row(grad, k, n * m);
-      p.out = in.row(dcost, k, n * m);
-      p.row_sum = in.row(row_sum, k, n);
-      p.partial = in.row(partial, k, blocks * m);
-      p.block_rows = block_rows;
-      in.table->backward(p, begin > k * blocks ? begin - k * blocks : 0,
-                              end < (k + 1) * blocks ? end - k * blocks : blocks);
-    }
-  });
+                 for (int64_t k = begin / blocks; k * blocks < end; ++k) {
+                   SinkhornPlan p = in.at(k, epsilon);
+                   p.grad = in.row(grad, k, n * m);
+                   p.out = in.row(dcost, k, n * m);
+                   p.row_sum = in.row(row_sum, k, n);
+                   p.partial = in.row(partial, k, blocks * m);
+                   p.block_rows = block_rows;
+                   in.table->backward(p, begin > k * blocks ? begin - k * blocks : 0,
+                                      end < (k + 1) * blocks ? end - k * blocks : blocks);
+                 }
+               });
   const auto add = [&](auto zero) {
     using T = decltype(zero);
     for (int64_t k = 0; k < in.batch; ++k) {

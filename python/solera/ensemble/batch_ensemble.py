@@ -1,4 +1,4 @@
-r"""Core `batch_ensemble`: K linear layers evaluated as one, with shared or separate weights.
+r"""Core `batch_ensemble`: K linear layers that share a weight, evaluated as one.
 
 BatchEnsemble shares one weight $W$ (O, I) among K members, each with its own scales $r_k$, $s_k$ and
 bias $b_k$; TabM is this layer with its own initialisation:
@@ -19,8 +19,6 @@ $$\mathrm{d}W_{oi} = \sum_k s_{ko}\,r_{ki}\,G_{k,oi},\qquad
 
 so nothing is recovered by division and zeros in r or s are as good as any value.
 
-With separate weights $W_k$ (I, O), `ensemble_linear` is $y_{bk} = \phi(W_k^\top x_{bk} + b_k)$.
-
 Sources: Wen, Tran, Ba, "BatchEnsemble", ICLR 2020; Gorishniy, Kotelnikov, Babenko, "TabM", ICLR 2025.
 """
 
@@ -28,32 +26,29 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._ops import accumulate_type, reference
-from .._route import autocast_dtype, needs_graph, use_reference
+from .._route import needs_graph, use_reference
+from ._activation import (
+    GELU,
+    RELU,
+    activate,
+    activation_code,
+    autocast,
+    by_member,
+    cast_grad,
+    check_bias,
+    check_input,
+    delta_of,
+    fresh,
+)
 
 _op = torch.ops.solera
 
-ACTIVATIONS = (None, "relu", "gelu", "silu")
-RELU, GELU, SILU = 1, 2, 3
-
 
 # ---- reference ---------------------------------------------------------------------------------------
-
-
-def _activate(z: Tensor, activation: int) -> Tensor:
-    if activation == RELU:
-        return F.relu(z)
-    if activation == GELU:
-        return F.gelu(z)
-    return F.silu(z) if activation == SILU else z
-
-
-def _by_member(x: Tensor) -> Tensor:
-    return x.unsqueeze(1) if x.dim() == 2 else x
 
 
 def batch_ensemble_reference(
@@ -66,7 +61,7 @@ def batch_ensemble_reference(
 ) -> tuple[Tensor, Tensor]:
     """(y, z) by the formula, in float32 (float64 for float64), rounded to x's dtype."""
     acc = accumulate_type(x)
-    h = _by_member(x).to(acc)
+    h = by_member(x).to(acc)
     if r is not None:
         h = h * r.to(acc)
     with torch.autocast(x.device.type, enabled=False):
@@ -75,59 +70,18 @@ def batch_ensemble_reference(
         z = z * s.to(acc)
     if bias is not None:
         z = z + bias.to(acc)
-    return _activate(z, activation).to(x.dtype), z.to(x.dtype)
-
-
-def member_linear_reference(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: int
-) -> tuple[Tensor, Tensor]:
-    """(y, z) by the formula, in float32 (float64 for float64), rounded to x's dtype."""
-    acc = accumulate_type(x)
-    with torch.autocast(x.device.type, enabled=False):
-        z = torch.matmul(_by_member(x).to(acc).transpose(0, 1), weight.to(acc)).transpose(0, 1)
-    if bias is not None:
-        z = z + bias.to(acc)
-    return _activate(z, activation).to(x.dtype), z.to(x.dtype)
-
-
-def _fresh(t: Tensor, wanted: bool = True) -> Tensor:
-    """t in memory of its own, or the empty tensor that stands for "not asked for"."""
-    return t.clone(memory_format=torch.contiguous_format) if wanted else t.new_empty(0)
+    return activate(z, activation).to(x.dtype), z.to(x.dtype)
 
 
 @reference("batch_ensemble")
 def _batch_ensemble(x, weight, r, s, bias, activation):
-    return _fresh(batch_ensemble_reference(x, weight, r, s, bias, activation)[0])
+    return fresh(batch_ensemble_reference(x, weight, r, s, bias, activation)[0])
 
 
 @reference("batch_ensemble_saved")
 def _batch_ensemble_saved(x, weight, r, s, bias, activation):
     y, z = batch_ensemble_reference(x, weight, r, s, bias, activation)
-    return _fresh(y), _fresh(z, activation >= GELU)
-
-
-@reference("member_linear")
-def _member_linear(x, weight, bias, activation):
-    return _fresh(member_linear_reference(x, weight, bias, activation)[0])
-
-
-@reference("member_linear_saved")
-def _member_linear_saved(x, weight, bias, activation):
-    y, z = member_linear_reference(x, weight, bias, activation)
-    return _fresh(y), _fresh(z, activation >= GELU)
-
-
-def _delta(dy: Tensor, saved: Tensor | None, activation: int) -> Tensor:
-    """dy times the derivative of the activation, in the accumulator's type."""
-    g = dy.to(accumulate_type(dy))
-    if activation == 0 or saved is None:
-        return g
-    v = saved.to(g.dtype)
-    if activation == RELU:
-        return torch.where(v <= 0, 0.0, g)
-    if activation == GELU:
-        return torch.ops.aten.gelu_backward(g, v)
-    return torch.ops.aten.silu_backward(g, v)
+    return fresh(y), fresh(z, activation >= GELU)
 
 
 @reference("batch_ensemble_backward")
@@ -135,9 +89,9 @@ def _batch_ensemble_backward(
     dy, x, weight, r, s, saved, activation, bias_per_member,
     need_x, need_weight, need_r, need_s, need_bias,
 ):  # fmt: skip
-    delta = _delta(dy, saved, activation)
+    delta = delta_of(dy, saved, activation)
     acc = delta.dtype
-    v, w = _by_member(x).to(acc), weight.to(acc)
+    v, w = by_member(x).to(acc), weight.to(acc)
     g = torch.einsum("bko,bki->koi", delta, v.expand(-1, delta.shape[1], -1))
     scaled = delta if s is None else delta * s.to(acc)
     dx = scaled @ w if need_x else None
@@ -150,37 +104,15 @@ def _batch_ensemble_backward(
     columns = ones if s is None else s.to(acc).unsqueeze(2)  # (K, O, 1)
     dbias = delta.sum(0) if bias_per_member else delta.sum((0, 1))
     return (
-        delta.new_empty(0).to(x.dtype) if dx is None else _fresh(dx.to(x.dtype)),
-        _fresh((g * rows * columns).sum(0), need_weight),
-        _fresh((g * columns * w).sum(1), need_r),
-        _fresh((g * rows * w).sum(2), need_s),
-        _fresh(dbias, need_bias),
-    )
-
-
-@reference("member_linear_backward")
-def _member_linear_backward(
-    dy, x, weight, saved, activation, bias_per_member, need_x, need_weight, need_bias
-):
-    delta = _delta(dy, saved, activation)
-    acc = delta.dtype
-    v = _by_member(x).to(acc).expand(-1, delta.shape[1], -1)
-    dx = torch.einsum("bko,kio->bki", delta, weight.to(acc)) if need_x else v
-    if need_x and x.dim() == 2:
-        dx = dx.sum(1)
-    dbias = delta.sum(0) if bias_per_member else delta.sum((0, 1))
-    return (
-        _fresh(dx.to(x.dtype), need_x),
-        _fresh(torch.einsum("bki,bko->kio", v, delta).to(weight.dtype), need_weight),
-        _fresh(dbias, need_bias),
+        delta.new_empty(0).to(x.dtype) if dx is None else fresh(dx.to(x.dtype)),
+        fresh((g * rows * columns).sum(0), need_weight),
+        fresh((g * columns * w).sum(1), need_r),
+        fresh((g * rows * w).sum(2), need_s),
+        fresh(dbias, need_bias),
     )
 
 
 # ---- autograd ----------------------------------------------------------------------------------------
-
-
-def _cast(grad: Tensor, like: Tensor | None, need: bool) -> Tensor | None:
-    return grad.to(like.dtype) if need and like is not None else None
 
 
 class _BatchEnsemble(torch.autograd.Function):
@@ -207,71 +139,10 @@ class _BatchEnsemble(torch.autograd.Function):
             dy, x, weight, r, s, saved, ctx.activation, bias is not None and bias.dim() == 2, *needs
         )
         pairs = zip(grads, (weight, r, s, bias), needs[1:])
-        return dx if needs[0] else None, *(_cast(*p) for p in pairs), None
-
-
-class _MemberLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight, bias, activation):
-        y, z = _op.member_linear_saved(x, weight, bias, activation)
-        ctx.activation = activation
-        saved = None if activation == 0 else y if activation == RELU else z
-        ctx.save_for_backward(x, weight, bias, saved)
-        return y
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, bias, saved = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
-
-            def layer(x, weight, bias):
-                return member_linear_reference(x, weight, bias, ctx.activation)[0]
-
-            return *differentiable_vjp(layer, (x, weight, bias), needs, (dy,)), None
-        dx, dweight, dbias = _op.member_linear_backward(
-            dy, x, weight, saved, ctx.activation, bias is not None and bias.dim() == 2, *needs
-        )
-        return (
-            dx if needs[0] else None,
-            dweight if needs[1] else None,
-            _cast(dbias, bias, needs[2]),
-            None,
-        )
+        return dx if needs[0] else None, *(cast_grad(*p) for p in pairs), None
 
 
 # ---- public functions --------------------------------------------------------------------------------
-
-
-def _activation_code(activation: object) -> int:
-    if activation is None:
-        return 0
-    if not isinstance(activation, str):
-        raise TypeError(
-            f"activation: expected one of {ACTIVATIONS}, got {type(activation).__name__} {activation!r}"
-        )
-    _check.choice("activation", activation, ACTIVATIONS)
-    return ACTIVATIONS.index(activation)
-
-
-def _input(x: object) -> Tensor:
-    x = _check.tensor("x", x)
-    if x.dim() not in (2, 3):
-        raise ValueError(
-            f"x: expected shape (B, I) shared by the members or (B, K, I), got {tuple(x.shape)}"
-        )
-    return x
-
-
-def _check_bias(bias: Tensor, members: int, out: int, x: Tensor) -> None:
-    one = isinstance(bias, Tensor) and bias.dim() == 1
-    _check.like("bias", bias, (out,) if one else (members, out), x)
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """x as autocast hands it to a linear. The parameters stay: the kernels read them in any precision."""
-    dtype = autocast_dtype(x)
-    return x if dtype is None or x.dtype == torch.float64 else x.to(dtype)
 
 
 def batch_ensemble_linear(
@@ -307,8 +178,8 @@ def batch_ensemble_linear(
     Source: Wen, Tran, Ba, "BatchEnsemble: An Alternative Approach to Efficient Ensemble and Lifelong
     Learning", ICLR 2020; Gorishniy et al., "TabM", ICLR 2025.
     """
-    code = _activation_code(activation)
-    x = _input(x)
+    code = activation_code(activation)
+    x = check_input(x)
     _check.tensor("weight", weight, dim=2)
     out = weight.shape[0]
     _check.like("weight", weight, (out, x.shape[-1]), x)
@@ -333,60 +204,10 @@ def batch_ensemble_linear(
     if s is not None:
         _check.like("s", s, (members, out), x)
     if bias is not None:
-        _check_bias(bias, members, out, x)
-    x = _autocast(x)
+        check_bias(bias, members, out, x)
+    x = autocast(x)
     if use_reference():
         return batch_ensemble_reference(x, weight, r, s, bias, code)[0]
     if needs_graph(x, weight, r, s, bias):
         return _BatchEnsemble.apply(x, weight, r, s, bias, code)
     return _op.batch_ensemble(x, weight, r, s, bias, code)
-
-
-def ensemble_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    activation: str | None = None,
-) -> Tensor:
-    r"""K independent linear layers in one call: $y_{bk} = \phi(W_k^\top x_{bk} + b_k)$.
-
-    Args:
-        x: (B, I), shared by all members and never expanded in memory, or (B, K, I); float32, float64,
-            bfloat16 or float16. The output has its dtype; sums run in float32 (float64 for float64).
-        weight: (K, I, O); may be float32 with a half-precision x, as may bias.
-        bias: (K, O), or (O,) for one shared by the members.
-        activation: None, "relu", "gelu" (with the exact erf) or "silu", applied in the same pass.
-
-    Under autocast x is taken, and y returned, in the autocast dtype, as by `torch.nn.functional.linear`.
-
-    Shapes: x (B, I) or (B, K, I) -> y (B, K, O).
-
-    Raises:
-        ValueError: shapes or devices that do not fit, or K = 0.
-        TypeError: a dtype that does not fit, or an argument that is not a tensor.
-
-    Source: the layout of `tabm.LinearEnsemble` (Gorishniy et al., "TabM", ICLR 2025).
-    """
-    code = _activation_code(activation)
-    x = _input(x)
-    _check.tensor("weight", weight, dim=3)
-    members, _, out = weight.shape
-    if members == 0:
-        raise ValueError(
-            f"weight: expected at least one member (K >= 1), got {tuple(weight.shape)}"
-        )
-    if x.dim() == 3 and x.shape[1] != members:
-        raise ValueError(
-            f"x: expected {members} members to go with weight of shape {tuple(weight.shape)}, "
-            f"got {x.shape[1]} (x of shape {tuple(x.shape)})"
-        )
-    _check.like("weight", weight, (members, x.shape[-1], out), x)
-    if bias is not None:
-        _check_bias(bias, members, out, x)
-    x = _autocast(x)
-    if use_reference():
-        return member_linear_reference(x, weight, bias, code)[0]
-    if needs_graph(x, weight, bias):
-        return _MemberLinear.apply(x, weight, bias, code)
-    return _op.member_linear(x, weight, bias, code)

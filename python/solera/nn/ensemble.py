@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ensemble.batch_ensemble import batch_ensemble_linear, ensemble_linear
+from ..ensemble import batch_ensemble_linear, ensemble_linear
 
 SCALING_INITS = ("ones", "normal", "random-signs")
 

@@ -178,7 +178,9 @@ def _adjoint(cost, a, b, f, g, epsilon, du, dv):
     return lam, mu, -epsilon * _times(e, mu) - d * f, -epsilon * _times(et, lam) + d * g
 
 
-class _Sinkhorn(torch.autograd.Function):
+class _Potentials(torch.autograd.Function):
+    """The solve. f and g are differentiable, implicitly; the value gets its gradient in `_Value`."""
+
     @staticmethod
     def forward(ctx, cost, a, b, f, g, epsilon, max_iterations, tolerance, check_every):
         op = _sinkhorn_dense if use_reference() else _op.sinkhorn_dense
@@ -188,34 +190,52 @@ class _Sinkhorn(torch.autograd.Function):
         ctx.save_for_backward(cost, a, b, f, g)
         ctx.epsilon = epsilon
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(iterations, error, converged)
+        ctx.mark_non_differentiable(value, iterations, error, converged)
         return f, g, value, iterations, error, converged
 
     @staticmethod
-    def backward(ctx, du, dv, dvalue, *_):
+    def backward(ctx, du, dv, *_):
+        if du is None and dv is None:
+            return (None,) * 9
         cost, a, b, f, g = ctx.saved_tensors
-        epsilon = ctx.epsilon
         need_cost, need_a, need_b = ctx.needs_input_grad[:3]
-        x = y = da = db = None
-        if dvalue is not None:
-            dvalue = dvalue.unsqueeze(-1)
-            x, da, db = dvalue * a, dvalue * f, dvalue * g
-        if du is not None or dv is not None:
-            x_more, y, da_more, db_more = (
-                t.to(cost.dtype) for t in _adjoint(cost, a, b, f, g, epsilon, du, dv)
-            )
-            x = x_more if x is None else x + x_more
-            da = da_more if da is None else da + da_more
-            db = db_more if db is None else db + db_more
-        dcost = None
-        if need_cost and x is not None:
-            if torch.is_grad_enabled():
-                # Second derivatives: f and g are this node's outputs, so everything here is connected.
-                op = plan_reference
-            else:
-                op = _sinkhorn_plan if use_reference() else _op.sinkhorn_plan
-            dcost = op(cost, a, b, f, g, x, y, epsilon)
+        x, y, da, db = (t.to(cost.dtype) for t in _adjoint(cost, a, b, f, g, ctx.epsilon, du, dv))
+        dcost = _plan_gradient(cost, a, b, f, g, x, y, ctx.epsilon) if need_cost else None
         return dcost, da if need_a else None, db if need_b else None, *[None] * 6
+
+
+class _Value(torch.autograd.Function):
+    """The value with its envelope gradient; none to f and g, in which it is stationary."""
+
+    @staticmethod
+    def forward(ctx, value, cost, a, b, f, g, epsilon):
+        ctx.save_for_backward(cost, a, b, f, g)
+        ctx.epsilon = epsilon
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        cost, a, b, f, g = ctx.saved_tensors
+        _, need_cost, need_a, need_b, *_ = ctx.needs_input_grad
+        grad = grad.unsqueeze(-1)
+        dcost = _plan_gradient(cost, a, b, f, g, grad * a, None, ctx.epsilon) if need_cost else None
+        return None, dcost, grad * f if need_a else None, grad * g if need_b else None, *[None] * 3
+
+
+def _plan_gradient(cost, a, b, f, g, x, y, epsilon):
+    if torch.is_grad_enabled():
+        # Second derivatives: f and g are outputs of `_Potentials`, so everything here is connected.
+        return plan_reference(cost, a, b, f, g, x, y, epsilon)
+    op = _sinkhorn_plan if use_reference() else _op.sinkhorn_plan
+    return op(cost, a, b, f, g, x, y, epsilon)
+
+
+def _differentiable(cost, a, b, *rest):
+    f, g, value, *state = _Potentials.apply(cost, a, b, *rest)
+    # Connected, f and g carry the second derivatives. There are none under torch.compile, which would run
+    # a connected node on zeros: detached, a loss on the value alone leaves no solve in its backward.
+    held = (f.detach(), g.detach()) if torch.compiler.is_compiling() else (f, g)
+    return f, g, _Value.apply(value, cost, a, b, *held, rest[2]), *state
 
 
 # ---- public function ---------------------------------------------------------------------------------
@@ -374,7 +394,7 @@ def sinkhorn(
     if transforms:
         out = sinkhorn_reference(*arguments)
     elif needs_graph(cost3, a2, b2):
-        out = _Sinkhorn.apply(*arguments)
+        out = _differentiable(*arguments)
     elif use_reference():
         out = _sinkhorn_dense(*arguments)
     else:

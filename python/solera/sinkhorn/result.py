@@ -26,6 +26,11 @@ class SinkhornResult:
             met exactly, to rounding). Not differentiable.
         converged: (...), bool: marginal_error <= tolerance; False wherever a NaN stands.
 
+    Shapes: (...) is the batch of the cost matrix (..., n, m) that was solved; a single problem has none.
+
+    Under torch.compile a loss on `cost` alone leaves no linear solve in backward if it is inside the compiled
+    function; a function that returns the whole result gets zero gradients for f and g, and solves for them.
+
     A pytree: it can be returned from a compiled function and mapped over.
     """
 

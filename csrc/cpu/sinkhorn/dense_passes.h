@@ -1,0 +1,305 @@
+// The row pass and the column pass of Sinkhorn's iteration, for one instruction set. Included by
+// dense.cpp alone.
+//
+// In base 2: K = log2(e) / epsilon, F = K f, G = K g, and E_ij = 2^(F_i + G_j - K C_ij); the plan
+// is a_i b_j E_ij. One iteration of the textbook makes two passes with an exponential each:
+//   F_i -= log2 sum_j b_j E_ij            G_j -= log2 sum_i a_i E_ij
+// Here the row pass keeps w_ij = 2^(F_i + G_j - K C_ij) of the *old* F in a buffer of a few rows.
+// Its sum s_i = sum_j b_j w_ij gives the new F_i, and w_ij / s_i is already E_ij for the new F, so
+// the same pass adds (a_i / s_i) w_ij to the column sums: one exponential and one read of C for a
+// whole iteration. sum_i a_i |s_i - 1| is the marginal error of the state before the pass, at no
+// cost.
+//
+// The old potential is the shift, so there is no pass for a maximum. Where it is a bad one (s_i or
+// a column sum c_j leaves a range in which nothing that matters can have underflowed) that row or
+// column alone is done again as an exact log-sum-exp. Terms below 2^-126 count as 2^-126: at most
+// 1e-28 of a row, and a column sum is believed only from 1e-20 of the total mass on.
+//
+// An iteration on n x m: reads n m elements of C, n m exponentials, 10 vector operations each or
+// so; the buffers stay in L1/L2. Row blocks depend on the shape alone and their column sums are
+// added in order: same bits for any number of threads, and for any batch.
+#pragma once
+
+#include "../exponential.h"
+
+namespace solera {
+
+// One problem. Element pointers are float or double. `stride` is m rounded up to whole vectors; g,
+// b and log_b are padded to it with values that give no weight.
+struct SinkhornProblem {
+  const void *cost, *a, *b, *log_a, *log_b;
+  const void* f_old;
+  void *f_new, *g;
+  void* partial;         // [blocks][stride] column sums of a row block
+  double *error, *mass;  // [blocks] sum_i a_i |s_i - 1| and sum_i a_i s_i of the state (f_old, g)
+  int64_t* dead;         // [blocks + column chunks] set where no finite potential exists
+  int64_t n, m, stride, block_rows, blocks;
+  double kappa, total_a;
+};
+constexpr int64_t kSinkhornColumns = 256;  // columns finished at a time
+constexpr int kSinkhornRows = 4;           // rows in flight, each with a buffer of `stride`
+constexpr int kSinkhornGroup = 64;         // rows whose logarithms are taken together
+
+namespace SOLERA_ISA {
+namespace {
+
+template <class T>
+using V = AccVec<T>;
+
+// Where a row sum or a column sum computed with the old potential as its shift is believed.
+template <class T>
+struct Range;
+template <>
+struct Range<float> {
+  static constexpr float row_low = 1e-10f, row_high = 1e10f, column_low = 1e-20f,
+                         column_high = 1e20f;
+  static constexpr float biggest = 3.4028234e38f;
+};
+template <>
+struct Range<double> {
+  static constexpr double row_low = 1e-100, row_high = 1e100, column_low = 1e-150,
+                          column_high = 1e150;
+  static constexpr double biggest = 1.7976931348623157e308;
+};
+
+SOLERA_INLINE float log2_of(float x) { return __builtin_log2f(x); }
+SOLERA_INLINE double log2_of(double x) { return __builtin_log2(x); }
+SOLERA_INLINE double exp2_of(double x) { return __builtin_exp2(x); }
+
+// lane_sum (the same order of additions) without leaving the registers.
+SOLERA_INLINE float total_of(vf v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  return lane_sum(v);
+#endif
+}
+SOLERA_INLINE double total_of(vd v) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_pd((__m512d)v);
+#else
+  return lane_sum(v);
+#endif
+}
+template <class T>
+SOLERA_INLINE V<T> splat_infinity() {
+  return splat(T(__builtin_inf()));
+}
+
+// Calls body(offset, vector of C's row) over the columns; the last vector may be partly zeros.
+template <class T, class F>
+SOLERA_INLINE void over_row(const T* row, int64_t m, const F& body) {
+  constexpr int L = kLanes<T>;
+  int64_t j = 0;
+  for (; j + L <= m; j += L) body(j, load(row + j));
+  if (j < m) body(j, load_tail(row + j, int(m - j)));
+}
+
+// One row as an exact log-sum-exp. Fills w with terms relative to the largest b_j 2^(..), returns
+// their weighted sum and in `log_sum` the log2 of the true sum without F. A row without a term
+// gives -inf.
+template <class T>
+__attribute__((noinline)) T exact_row(const SinkhornProblem& p, const T* row, T* w, T& log_sum) {
+  const T *G = (const T*)p.g, *b = (const T*)p.b, *log_b = (const T*)p.log_b;
+  const T kappa = T(p.kappa);
+  V<T> top = -splat_infinity<T>();
+  over_row(row, p.m,
+           [&](int64_t j, V<T> c) { top = vmax(load(G + j) - kappa * c + load(log_b + j), top); });
+  const T largest = lane_max(top);
+  const T shift = largest == -T(__builtin_inf()) ? T(0) : largest;
+  V<T> sum{};
+  over_row(row, p.m, [&](int64_t j, V<T> c) {
+    V<T> term = fast_exp2(load(G + j) - kappa * c - shift);
+    store(w + j, term);
+    V<T> finite = term > Range<T>::biggest ? splat(Range<T>::biggest) : term;
+    sum += load(b + j) * finite;
+  });
+  const T s = lane_sum(sum);
+  log_sum = largest == -T(__builtin_inf()) && s == s ? largest : shift + log2_of(s);
+  return s;
+}
+
+template <class T, int R>
+SOLERA_INLINE bool few_rows(const SinkhornProblem& p, int64_t i, T* sums, T* exact, T* buffer,
+                            T* partial, double& error, double& mass, int64_t& dead, bool evaluate) {
+  bool all_good = true;
+  constexpr int L = kLanes<T>;
+  const T *G = (const T*)p.g, *a = (const T*)p.a, *b = (const T*)p.b, *F = (const T*)p.f_old;
+  const T kappa = T(p.kappa);
+  const T* row[R];
+  T old[R], sum[R], scale[R];
+  V<T> total[R];
+  for (int r = 0; r < R; ++r) {
+    row[r] = (const T*)p.cost + (i + r) * p.m;
+    old[r] = F[i + r];
+    total[r] = V<T>{};
+  }
+  const auto one = [&](int64_t j, const V<T>* c) {
+    const V<T> g = load(G + j), weight = load(b + j);
+    for (int r = 0; r < R; ++r) {
+      V<T> w = fast_exp2((g - kappa * c[r]) + old[r]);
+      total[r] += weight * w;
+      store(buffer + r * p.stride + j, w);
+    }
+  };
+  int64_t j = 0;
+  for (; j + L <= p.m; j += L) {
+    V<T> c[R];
+    for (int r = 0; r < R; ++r) c[r] = load(row[r] + j);
+    one(j, c);
+  }
+  if (j < p.m) {
+    V<T> c[R];
+    for (int r = 0; r < R; ++r) c[r] = load_tail(row[r] + j, int(p.m - j));
+    one(j, c);
+  }
+  for (int r = 0; r < R; ++r) {
+    sum[r] = total_of(total[r]);
+    const T weight = a[i + r];
+    double state = double(sum[r]);
+    sums[r] = sum[r];
+    scale[r] = weight / sum[r];
+    if (!(sum[r] > Range<T>::row_low && sum[r] < Range<T>::row_high)) {
+      T log_sum;
+      const T s = exact_row<T>(p, row[r], buffer + r * p.stride, log_sum);
+      all_good = false;
+      sums[r] = -1;
+      scale[r] = weight / s;
+      exact[r] = -log_sum;
+      if (log_sum == -T(__builtin_inf()) && weight == 0) {
+        // A padded row: no allowed pair and no mass. Its potential is 0 by convention.
+        exact[r] = scale[r] = 0;
+        state = 1;
+      } else if (!(s > 0) || !(log_sum - log_sum == 0)) {
+        dead = 1;
+        exact[r] = T(__builtin_nan(""));
+        state = __builtin_nan("");
+      } else {
+        const double exponent = double(old[r]) + double(log_sum);
+        state = exp2_of(exponent > 126 ? 126 : exponent);
+      }
+    }
+    error += double(weight) * __builtin_fabs(state - 1);
+    mass += double(weight) * state;
+  }
+  if (evaluate) return all_good;
+  for (int64_t j = 0; j < p.stride; j += L) {
+    V<T> c = load(partial + j);
+    for (int r = 0; r < R; ++r) c += scale[r] * load(buffer + r * p.stride + j);
+    store(partial + j, c);
+  }
+  return all_good;
+}
+
+template <class T>
+void row_pass(const SinkhornProblem& p, void* buffer_, int64_t first, int64_t last, bool evaluate) {
+  constexpr int R = kSinkhornRows, L = kLanes<T>;
+  const FlushSubnormals flush;
+  T* buffer = (T*)buffer_;
+  for (int64_t block = first; block < last; ++block) {
+    int64_t i = block * p.block_rows;
+    const int64_t end = i + p.block_rows < p.n ? i + p.block_rows : p.n;
+    T* partial = (T*)p.partial + block * p.stride;
+    double error = 0, mass = 0;
+    int64_t dead = 0;
+    memset((void*)partial, 0, size_t(p.stride) * sizeof(T));
+    while (i < end) {
+      // The sums of a group first, then their logarithms a vector at a time.
+      T sums[kSinkhornGroup], exact[kSinkhornGroup];
+      const int count = int(end - i < kSinkhornGroup ? end - i : kSinkhornGroup);
+      bool good = true;
+      int r = 0;
+      for (; r + R <= count; r += R)
+        good &= few_rows<T, R>(p, i + r, sums + r, exact + r, buffer, partial, error, mass, dead,
+                               evaluate);
+      for (; r < count; ++r)
+        good &= few_rows<T, 1>(p, i + r, sums + r, exact + r, buffer, partial, error, mass, dead,
+                               evaluate);
+      for (r = 0; r < count; r += L) {
+        const int lanes = count - r < L ? count - r : L;
+        store_n((T*)p.f_new + i + r,
+                load_tail((const T*)p.f_old + i + r, lanes) - fast_log2(load_tail(sums + r, lanes)),
+                lanes);
+      }
+      for (r = 0; !good && r < count; ++r)
+        if (sums[r] < 0) ((T*)p.f_new)[i + r] = exact[r];
+      i += count;
+    }
+    p.error[block] = error;
+    p.mass[block] = mass;
+    p.dead[block] = dead;
+  }
+}
+
+// `count` columns (at most a vector) as exact log-sum-exps over the rows with mass.
+template <class T>
+__attribute__((noinline)) int64_t exact_columns(const SinkhornProblem& p, const int64_t* column,
+                                                int count) {
+  constexpr int L = kLanes<T>;
+  const T *F = (const T*)p.f_new, *a = (const T*)p.a, *log_a = (const T*)p.log_a;
+  const T *b = (const T*)p.b, *cost = (const T*)p.cost;
+  const T kappa = T(p.kappa), infinity = T(__builtin_inf());
+  T* G = (T*)p.g;
+  const auto term = [&](int64_t i) {
+    T picked[L] = {};
+    for (int k = 0; k < count; ++k) picked[k] = cost[i * p.m + column[k]];
+    return (log_a[i] + F[i]) - kappa * load(picked);
+  };
+  V<T> top = -splat_infinity<T>();
+  for (int64_t i = 0; i < p.n; ++i)
+    if (a[i] > 0) top = vmax(term(i), top);
+  const V<T> shift = top == -infinity ? V<T>{} : top;
+  V<T> sum{};
+  for (int64_t i = 0; i < p.n; ++i)
+    if (a[i] > 0) sum += fast_exp2(term(i) - shift);
+  int64_t dead = 0;
+  for (int k = 0; k < count; ++k) {
+    const int64_t j = column[k];
+    const T value = -(shift[k] + log2_of(T(sum[k])));
+    if (top[k] == -infinity && sum[k] == sum[k]) {
+      G[j] = 0;
+      dead |= b[j] != 0;
+    } else {
+      G[j] = value;
+      dead |= !(value - value == 0);
+    }
+  }
+  return dead;
+}
+
+template <class T>
+void column_pass(const SinkhornProblem& p, int64_t first, int64_t last) {
+  constexpr int L = kLanes<T>;
+  const FlushSubnormals flush;
+  const T low = T(Range<T>::column_low * p.total_a), high = Range<T>::column_high;
+  T* G = (T*)p.g;
+  for (int64_t chunk = first; chunk < last; ++chunk) {
+    int64_t redo[kSinkhornColumns];
+    int count = 0;
+    const int64_t begin = chunk * kSinkhornColumns;
+    const int64_t end = begin + kSinkhornColumns < p.m ? begin + kSinkhornColumns : p.m;
+    for (int64_t j = begin; j < end; j += L) {
+      V<T> sum{};
+      for (int64_t k = 0; k < p.blocks; ++k) sum += load((const T*)p.partial + k * p.stride + j);
+      const V<T> g = load(G + j), next = g - fast_log2(sum);
+      const int lanes = int(end - j < L ? end - j : L);
+      const auto good = (sum > low) & (sum < high);
+      int bad = 0;
+      for (int k = 0; k < lanes; ++k) {
+        redo[count] = j + k;
+        const int b = !good[k];
+        count += b;
+        bad += b;
+      }
+      store(G + j, lanes == L && !bad ? next : (good ? next : g));
+    }
+    int64_t dead = 0;
+    for (int k = 0; k < count; k += L)
+      dead |= exact_columns<T>(p, redo + k, count - k < L ? count - k : L);
+    p.dead[p.blocks + chunk] = dead;
+  }
+}
+
+}  // namespace
+}  // namespace SOLERA_ISA
+}  // namespace solera
