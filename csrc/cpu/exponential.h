@@ -1,5 +1,5 @@
-// 2^x and log2 x on vectors, for kernels whose time is exponentials: float and double, no special cases
-// but those a log-domain loop meets.
+// 2^x and log2 x on vectors, for kernels whose time is exponentials: float and double, no special
+// cases but those a log-domain loop meets.
 #pragma once
 
 #include "simd.h"
@@ -7,8 +7,8 @@
 namespace solera {
 namespace SOLERA_ISA {
 
-// The exponents of normal numbers: below `smallest` fast_exp2 stays at 2^smallest, from `largest` on it
-// is infinite.
+// The exponents of normal numbers: below `smallest` fast_exp2 stays at 2^smallest, from `largest`
+// on it is infinite.
 template <class T>
 struct Exponents;
 template <>
@@ -20,8 +20,8 @@ struct Exponents<double> {
   static constexpr double smallest = -1022.0, largest = 1024.0;
 };
 
-// While it lives, subnormal results are 0 on this thread: on x86 each costs over 100 cycles, and a plan with
-// a small epsilon is full of them. Other architectures compute them at full speed.
+// While it lives, subnormal results are 0 on this thread: on x86 each costs over 100 cycles, and a
+// plan with a small epsilon is full of them. Other architectures compute them at full speed.
 struct FlushSubnormals {
 #if defined(__x86_64__)
   unsigned before = _mm_getcsr();
@@ -37,11 +37,15 @@ struct FlushSubnormals {
 template <class W, class S>
 SOLERA_INLINE W at_least(S low, W x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) return (W)_mm512_max_ps((__m512)splat(low), (__m512)x);
-  else return (W)_mm512_max_pd((__m512d)splat(low), (__m512d)x);
+  if constexpr (sizeof(S) == 4)
+    return (W)_mm512_max_ps((__m512)splat(low), (__m512)x);
+  else
+    return (W)_mm512_max_pd((__m512d)splat(low), (__m512d)x);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(S) == 4) return (W)_mm256_max_ps((__m256)splat(low), (__m256)x);
-  else return (W)_mm256_max_pd((__m256d)splat(low), (__m256d)x);
+  if constexpr (sizeof(S) == 4)
+    return (W)_mm256_max_ps((__m256)splat(low), (__m256)x);
+  else
+    return (W)_mm256_max_pd((__m256d)splat(low), (__m256d)x);
 #else
   return splat(low) > x ? splat(low) : x;
 #endif
@@ -49,11 +53,15 @@ SOLERA_INLINE W at_least(S low, W x) {
 template <class W, class S>
 SOLERA_INLINE W at_most(S high, W x) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(S) == 4) return (W)_mm512_min_ps((__m512)splat(high), (__m512)x);
-  else return (W)_mm512_min_pd((__m512d)splat(high), (__m512d)x);
+  if constexpr (sizeof(S) == 4)
+    return (W)_mm512_min_ps((__m512)splat(high), (__m512)x);
+  else
+    return (W)_mm512_min_pd((__m512d)splat(high), (__m512d)x);
 #elif defined(__AVX2__)
-  if constexpr (sizeof(S) == 4) return (W)_mm256_min_ps((__m256)splat(high), (__m256)x);
-  else return (W)_mm256_min_pd((__m256d)splat(high), (__m256d)x);
+  if constexpr (sizeof(S) == 4)
+    return (W)_mm256_min_ps((__m256)splat(high), (__m256)x);
+  else
+    return (W)_mm256_min_pd((__m256d)splat(high), (__m256d)x);
 #else
   return splat(high) < x ? splat(high) : x;
 #endif
@@ -137,7 +145,8 @@ SOLERA_INLINE vd fast_exp2(vd x) {
 #endif
 }
 
-// log2 of positive normal numbers: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2 atanh((m-1)/(m+1)).
+// log2 of positive normal numbers: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2
+// atanh((m-1)/(m+1)).
 SOLERA_INLINE vf fast_log2(vf x) {
   vi bits = bits_as<vi>(x) - 0x3f3504f3;
   vf e = __builtin_convertvector(bits >> 23, vf);
@@ -161,8 +170,10 @@ SOLERA_INLINE vd fast_log2(vd x) {
 template <class T>
 SOLERA_INLINE AccVec<T> load_tail(const T* p, int n) {
 #if defined(__AVX512F__)
-  if constexpr (sizeof(T) == 4) return (AccVec<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
-  else return (AccVec<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
+  if constexpr (sizeof(T) == 4)
+    return (AccVec<T>)_mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p);
+  else
+    return (AccVec<T>)_mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p);
 #else
   return load_n(p, n);
 #endif
