@@ -283,6 +283,22 @@ def test_same_bits_for_any_thread_count_and_batch(kind):
         )
 
 
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("width", [4096, 4099])
+def test_large_tensors_take_the_streaming_stores(width):
+    """Outputs of 16 MB and more pass the caches: same bits as for few of their rows."""
+    x, weight, _, residual = make((1100, width), torch.float32)
+    g = randn(1100, width)
+    whole = layer_norm(x, weight, residual=residual)
+    grads = torch.autograd.grad(whole, (x, residual), (g, g))
+    rows = slice(1030, 1034)
+    xs, rs = (t.detach()[rows].requires_grad_() for t in (x, residual))
+    few = layer_norm(xs, weight, residual=rs)
+    few_grads = torch.autograd.grad(few, (xs, rs), (g[rows], g[rows]))
+    for a, b in zip((*whole, *grads), (*few, *few_grads)):
+        assert torch.equal(a[rows], b)
+
+
 def test_frozen_input_or_weight():
     for kind in NORMS:
         x, weight = randn(5, 8, grad=True), randn(8)

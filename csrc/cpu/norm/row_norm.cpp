@@ -22,6 +22,7 @@ struct RowNormForward {
   const void *x, *residual;   // residual may be null
   const void *weight, *bias;  // in A, may be null
   void *y, *u;                // u is written only when there is a residual
+  void* row;                  // one row to hold u in while both outputs are streamed; may be null
   void *mean, *rstd;          // in A, may be null
   int64_t columns;
   double eps, alpha;
@@ -110,10 +111,13 @@ void forward(const RowNormForward& p, int64_t begin, int64_t end) {
     if (p.residual) {
       const T* residual = (const T*)p.residual + row * D;
       T* u = (T*)p.u + row * D;
+      T* held = p.row && can_stream(u) ? (T*)p.row : u;
       strips<L>(D, [&](int64_t j, int n) {
-        put(u + j, get(x + j, n) + alpha * get(residual + j, n), n, false);
+        const AccVec<T> sum = get(x + j, n) + alpha * get(residual + j, n);
+        put(held + j, sum, n, false);
+        if (held != u) put(u + j, sum, n, true);
       });
-      x = u;
+      x = held;
     }
     A<T> mean = 0;
     if (p.centred) mean = row_sum<T>(D, [&](int64_t j, int n) { return get(x + j, n); }) * inverse;
@@ -310,8 +314,15 @@ void run_forward(RowNormForward& p, const Shape& shape) {
   const auto kernel = pick_row_norm_table().forward[shape.dtype];
   STD_TORCH_CHECK(p.eps >= 0 && p.eps < INFINITY, "solera: eps must be finite and not negative");
   if (shape.columns == 0) return;
-  parallel_for(0, shape.rows, grain_for(shape.row_bytes),
-               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  parallel_for(0, shape.rows, grain_for(shape.row_bytes), [&](int64_t begin, int64_t end) {
+    RowNormForward mine = p;
+    std::unique_ptr<char[]> row;
+    if (p.residual && shape.streaming) {
+      row.reset(new char[shape.row_bytes]);
+      mine.row = row.get();
+    }
+    kernel(mine, begin, end);
+  });
 }
 
 Tensor row_norm(const Tensor& x_in, OptTensor weight, OptTensor bias, double eps,
@@ -321,9 +332,20 @@ Tensor row_norm(const Tensor& x_in, OptTensor weight, OptTensor bias, double eps
   Tensor y = empty_like(x, shape.sizes);
   const Row w(weight, shape.columns, shape.acc, weight_offset);
   const Row b(bias, shape.columns, shape.acc, 0);
-  RowNormForward p{
-      x.const_data_ptr(), nullptr, w.data, b.data,  y.mutable_data_ptr(), nullptr, nullptr, nullptr,
-      shape.columns,      eps,     0,      centred, shape.streaming};
+  RowNormForward p{x.const_data_ptr(),
+                   nullptr,
+                   w.data,
+                   b.data,
+                   y.mutable_data_ptr(),
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   nullptr,
+                   shape.columns,
+                   eps,
+                   0,
+                   centred,
+                   shape.streaming};
   run_forward(p, shape);
   return y;
 }
@@ -350,6 +372,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> row_norm_stats(const Tensor& x_in, Op
                    b.data,
                    y.mutable_data_ptr(),
                    u.mutable_data_ptr(),
+                   nullptr,
                    centred ? mean.mutable_data_ptr() : nullptr,
                    rstd.mutable_data_ptr(),
                    shape.columns,
