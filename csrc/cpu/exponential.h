@@ -126,10 +126,12 @@ SOLERA_INLINE vf fast_exp2(vf x) {
   vf t = (vf)_mm512_reduce_ps((__m512)x, 1);
   return (vf)_mm512_scalef_ps((__m512)power(t), (__m512)x);
 #else
-  x = at_most(Exponents<float>::largest, x);
-  vf shifted = x + 12582912.0f;  // 1.5 * 2^23: the integer part ends up in the low bits
-  vf t = x - (shifted - 12582912.0f);
-  return bits_as<vf>(bits_as<vi>(power(t)) + (bits_as<vi>(shifted) << 23));
+  vf capped = at_most(Exponents<float>::largest, x);
+  vf shifted = capped + 12582912.0f;  // 1.5 * 2^23: the integer part ends up in the low bits
+  vf t = capped - (shifted - 12582912.0f);
+  vf y = bits_as<vf>(bits_as<vi>(power(t)) + (bits_as<vi>(shifted) << 23));
+  // At 2^128 the polynomial's last bit would make a NaN of infinity.
+  return x >= Exponents<float>::largest ? splat(__builtin_inff()) : y;
 #endif
 }
 SOLERA_INLINE vd fast_exp2(vd x) {
