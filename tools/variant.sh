@@ -17,7 +17,7 @@ shift
 case $variant in sanitize | generic | isa) ;; *) echo "no such variant: $variant" >&2; exit 2 ;; esac
 
 # What checks values and memory; compilers, interpreters and packaging have their own stage.
-tests=(--ignore=tests/test_ahead_of_time.py --ignore=tests/test_package.py)
+tests=(--ignore=tests/test_ahead_of_time.py --ignore=tests/test_package.py --ignore=tests/test_bench.py)
 tests+=(-m "not inductor and not slow" -k "not compile and not opcheck")
 export PYTHONPATH=$root/tools
 tests+=(-p brief_hypothesis --hypothesis-profile=brief -p no:cacheprovider --capture=sys)
