@@ -87,6 +87,9 @@ def _learned(count: int, shape: tuple[int, ...], device) -> Case:
         compiled=build(torch.compile(loop), c),
         bytes=n * (2 * count + 4),
         written=n,
+        # Dots of 4M random terms cancel to a thousandth of their size: eager's own error moves several
+        # times over from one draw to the next, so it is no measure here.
+        tolerance=1e-6,
     )
 
 
