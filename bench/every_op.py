@@ -117,7 +117,7 @@ def calls(device: torch.device) -> Iterator[tuple[str, Call]]:
 
 
 def main(name: str) -> int:
-    from solera._ops import CORES
+    from solera._registry import CORES
 
     device = torch.device(name)
     torch.manual_seed(0)

@@ -16,7 +16,7 @@ import torch
 from helpers import INTERPRETED
 
 import solera
-from solera import _cli, _info, _ops
+from solera import _cli, _info, _registry
 
 ROOT = Path(__file__).resolve().parent.parent
 FAMILIES = ("ensemble", "norm", "sinkhorn", "weights")
@@ -130,14 +130,14 @@ def has_kernel(op, key):
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"solera::{op}", key)
 
 
-@pytest.mark.parametrize("op", _ops.CORES)
+@pytest.mark.parametrize("op", _registry.CORES)
 def test_every_op_has_its_three_implementations(op):
     assert has_kernel(op, "CompositeExplicitAutograd"), "no reference"
-    assert _ops.load_error is None, _ops.load_error
+    assert _registry.load_error is None, _registry.load_error
     assert has_kernel(op, "CPU"), "no CPU kernel in the compiled library"
     if importlib.util.find_spec("triton") is None:
         return
-    module = importlib.import_module(f"solera.triton_kernels.{_ops.CORES[op]}")
+    module = importlib.import_module(f"solera.triton_kernels.{_registry.CORES[op]}")
     launcher = getattr(module, op, None)
     assert callable(launcher), f"{module.__name__} has no launcher called {op}"
     schema = getattr(torch.ops.solera, op).default._schema
@@ -154,13 +154,13 @@ def test_no_op_outside_the_table():
         for n in torch._C._dispatch_get_all_op_names()
         if n.startswith("solera::")
     }
-    assert names == set(_ops.CORES)
+    assert names == set(_registry.CORES)
 
 
 def test_every_core_has_its_four_rooms():
     missing = [
         path
-        for core in set(_ops.CORES.values())
+        for core in set(_registry.CORES.values())
         for path in (
             f"python/solera/{core.replace('.', '/')}.py",
             f"triton_kernels/{core.replace('.', '/')}.py",
@@ -213,9 +213,9 @@ def test_info_as_json_and_as_text(capsys):
     assert facts["versions"]["torch"] == torch.__version__
     assert facts["cpu"]["threads"] == torch.get_num_threads()
     assert {f"{f}.{c}" for f, cores in facts["backends"].items() for c in cores} == set(
-        _ops.CORES.values()
+        _registry.CORES.values()
     )
-    if _ops.compiled_library:
+    if _registry.compiled_library:
         assert facts["cpu"]["instruction_set"] in ("generic", "avx2", "avx512")
     assert _cli.main(["info"]) == 0
     text = capsys.readouterr().out
@@ -228,7 +228,7 @@ def test_info_without_rich(capsys, monkeypatch):
     assert "instruction set" in capsys.readouterr().out
 
 
-@pytest.mark.skipif(_ops.compiled_library is None, reason="the compiled library is not there")
+@pytest.mark.skipif(_registry.compiled_library is None, reason="the compiled library is not there")
 def test_info_follows_the_instruction_set_asked_for():
     code = "from solera import _info; print(_info.collect()['cpu']['instruction_set'])"
     assert run(code, SOLERA_ISA="generic").stdout.strip() == "generic"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import __version__, _ops, _route
+from . import __version__, _registry, _route
 
 ALLOCATOR = (
     "LD_PRELOAD",
@@ -34,9 +34,9 @@ def _version(package: str) -> str | None:
 
 def _instruction_set() -> str | None:
     """What the compiled kernels were picked for; SOLERA_ISA in the environment limits it."""
-    if _ops.compiled_library is None:
+    if _registry.compiled_library is None:
         return None
-    ask = getattr(ctypes.CDLL(str(_ops.compiled_library)), "solera_cpu_isa", None)
+    ask = getattr(ctypes.CDLL(str(_registry.compiled_library)), "solera_cpu_isa", None)
     if ask is None:
         return None
     ask.restype = ctypes.c_char_p
@@ -55,9 +55,9 @@ def _implementation(op: str, key: str) -> str:
 def _backends() -> dict[str, dict[str, dict[str, str]]]:
     """Family -> core -> {"CPU": ..., "CUDA": ...}; a core whose ops differ names each."""
     table: dict[str, dict[str, dict[str, str]]] = {}
-    for core in dict.fromkeys(_ops.CORES.values()):
+    for core in dict.fromkeys(_registry.CORES.values()):
         family, name = core.split(".")
-        ops = [op for op, of in _ops.CORES.items() if of == core]
+        ops = [op for op, of in _registry.CORES.items() if of == core]
         row = {}
         for key in ("CPU", "CUDA"):
             live = {op: _implementation(op, key) for op in ops}
@@ -112,8 +112,8 @@ def collect() -> dict[str, Any]:
             "hip": torch.version.hip,
         },
         "library": {
-            "path": str(_ops.compiled_library) if _ops.compiled_library else None,
-            "error": _ops.load_error,
+            "path": str(_registry.compiled_library) if _registry.compiled_library else None,
+            "error": _registry.load_error,
         },
         "backends": _backends(),
         "environment": {n: os.environ[n] for n in (*SETTINGS, *ALLOCATOR) if n in os.environ},

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _check
-from .._ops import accumulate_type
+from .._registry import accumulate_type
 from .._route import autocast_dtype
 
 ACTIVATIONS = (None, "relu", "gelu", "silu")

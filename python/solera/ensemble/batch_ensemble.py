@@ -29,7 +29,7 @@ from torch import Tensor
 
 from .. import _check
 from .._autograd import differentiable_vjp
-from .._ops import accumulate_type, reference
+from .._registry import accumulate_type, reference
 from .._route import needs_graph, use_reference
 from ._activation import (
     GELU,

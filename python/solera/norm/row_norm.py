@@ -24,7 +24,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .. import _check
 from .._autograd import differentiable_vjp
-from .._ops import accumulate_type, compiled_library, reference
+from .._registry import accumulate_type, compiled_library, reference
 from .._route import needs_graph, use_reference
 
 _op = torch.ops.solera

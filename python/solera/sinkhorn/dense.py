@@ -52,7 +52,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._ops import accumulate_type, reference
+from .._registry import accumulate_type, reference
 from .._route import needs_graph, use_reference
 from .plan import _sinkhorn_plan, kernel_matrix, plan_reference, transforms_active
 from .result import SinkhornResult

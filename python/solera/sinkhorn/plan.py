@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .._autograd import differentiable_vjp
-from .._ops import reference
+from .._registry import reference
 from .._route import needs_graph, use_reference
 
 _op = torch.ops.solera

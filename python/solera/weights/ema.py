@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._ops import accumulate_type, compiled_library, reference
+from .._registry import accumulate_type, compiled_library, reference
 from .._route import use_reference
 from . import _lists
 

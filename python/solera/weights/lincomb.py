@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .._ops import compiled_library, reference
+from .._registry import compiled_library, reference
 from .._route import use_reference
 from . import _lists
 
