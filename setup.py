@@ -82,8 +82,6 @@ class Build(build_ext):
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
         includes = [f"-isystem{p}" for p in include_paths()]
-        shared = [*(ROOT / "csrc/cpu").rglob("*.h"), Path(__file__)]
-        newest_shared = max(p.stat().st_mtime for p in shared)
         stamp = f"{torch.__version__}-{'san' if flag('SOLERA_SANITIZE') else 'opt'}-{int(X86)}"
         temp = Path(self.build_temp) / stamp
 
@@ -93,13 +91,13 @@ class Build(build_ext):
             for isa in ISA_FLAGS if X86 else ("generic",):
                 target = temp / isa / Path(source).relative_to("csrc/cpu").with_suffix(".o")
                 objects.append(str(target))
-                newest = max(newest_shared, (ROOT / source).stat().st_mtime)
-                if target.exists() and target.stat().st_mtime > newest:
+                if target.exists() and target.stat().st_mtime > self._newest(target):
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
                 front = ["-DSOLERA_FRONT", *includes] if isa == "generic" else []
                 front += ["-DSOLERA_X86"] if X86 else []
                 command = [compiler, *common, *ISA_FLAGS[isa], f"-DSOLERA_ISA={isa}", *front]
+                command += ["-MMD", "-MF", str(target.with_suffix(".d"))]
                 jobs.append((target, [*command, "-c", source, "-o"]))
 
         def run(job: tuple[Path, list[str]]) -> None:
@@ -119,6 +117,15 @@ class Build(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         output.unlink(missing_ok=True)
         subprocess.run([compiler, *objects, *link, "-o", str(output)], check=True)
+
+    def _newest(self, target: Path) -> float:
+        """When what an object was made of (as the compiler listed it beside it) last changed."""
+        listed = target.with_suffix(".d")
+        if not listed.exists():
+            return float("inf")
+        made_of = listed.read_text().replace("\\\n", " ").split()[1:]
+        sources = [Path(__file__), *(ROOT / name for name in made_of)]
+        return max(p.stat().st_mtime if p.exists() else float("inf") for p in sources)
 
     def copy_extensions_to_source(self) -> None:
         """In place and editable builds. Replaced in one step: a running process keeps the old library."""

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import solera
 from solera.ensemble import batch_ensemble_linear, ensemble_linear
-from solera.ensemble._activation import ACTIVATIONS
+from solera.ensemble._members import ACTIVATIONS
 
 # (B, K, I, O): single elements, odd sizes, tiles with a tail, several blocks, a long batch, many members.
 SHAPES = [(1, 1, 1, 1), (3, 4, 5, 7), (8, 32, 24, 40), (17, 3, 16, 300), (70, 2, 530, 20)]

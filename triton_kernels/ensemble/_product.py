@@ -21,6 +21,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .._activation import activate, slope
 from .._aot import AotCase
 from .._launch import accumulate_type, accumulator, on_device_of
 
@@ -35,31 +36,6 @@ def _wide(k):
 
 
 @triton.jit
-def _activate(z, ACT: tl.constexpr):
-    if ACT == 1:
-        z = tl.where(z <= 0, 0.0, z)
-    elif ACT == 2:
-        z = z * 0.5 * (1.0 + tl.erf(z * 0.7071067811865476))
-    elif ACT == 3:
-        z = z / (1.0 + tl.exp(-z))
-    return z
-
-
-@triton.jit
-def _slope(dy, v, ACT: tl.constexpr):
-    """dy times the derivative of the activation; v is y or z for relu, z otherwise."""
-    if ACT == 1:
-        dy = tl.where(v <= 0, 0.0, dy)
-    elif ACT == 2:
-        cdf = 0.5 * (1.0 + tl.erf(v * 0.7071067811865476))
-        dy = dy * (cdf + v * tl.exp(-0.5 * v * v) * 0.3989422804014327)
-    elif ACT == 3:
-        sigmoid = 1.0 / (1.0 + tl.exp(-v))
-        dy = dy * sigmoid * (1.0 + v * (1.0 - sigmoid))
-    return dy
-
-
-@triton.jit
 def _row(p, k, cols, width, stride, fill, HAS: tl.constexpr, ACC: tl.constexpr):
     """Row k of a scale or bias at `cols`; `fill` where it is not given."""
     if HAS:
@@ -71,7 +47,7 @@ def _row(p, k, cols, width, stride, fill, HAS: tl.constexpr, ACC: tl.constexpr):
 def _delta(dy, saved, at, mask, ACT: tl.constexpr, ACC: tl.constexpr):
     g = tl.load(dy + at, mask=mask, other=0.0).to(ACC)
     if ACT != 0:
-        g = _slope(g, tl.load(saved + at, mask=mask, other=0.0).to(ACC), ACT)
+        g = slope(g, tl.load(saved + at, mask=mask, other=0.0).to(ACC), ACT)
     return g
 
 
@@ -105,7 +81,7 @@ def ensemble_forward_kernel(
     mask = (b < items)[:, None] & (o < outer)[None, :]
     if KEEP_Z:
         tl.store(z + at, v.to(z.dtype.element_ty), mask=mask)
-    tl.store(y + at, _activate(v, ACT).to(y.dtype.element_ty), mask=mask)
+    tl.store(y + at, activate(v, ACT).to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit

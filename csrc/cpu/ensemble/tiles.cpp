@@ -3,95 +3,19 @@
 // member_linear.cpp.
 #include "tiles.h"
 
+#include "../activation.h"
+#include "../strips.h"
+
 namespace solera {
 
 namespace SOLERA_ISA {
 namespace {
-
-template <class T>
-using A = typename Acc<T>::type;
-
-template <class T, class F>
-SOLERA_INLINE void strips(int64_t n, const F& body) {
-  int64_t j = 0;
-  for (; j + kLanes<T> <= n; j += kLanes<T>) body(j, kLanes<T>);
-  if (j < n) body(j, int(n - j));
-}
-template <class T>
-SOLERA_INLINE AccVec<T> get(const T* p, int count) {
-  return count == kLanes<T> ? load(p) : load_n(p, count);
-}
-template <class T>
-SOLERA_INLINE void put(T* p, AccVec<T> v, int count) {
-  if (count == kLanes<T>)
-    store(p, v);
-  else
-    store_n(p, v, count);
-}
-
-// The normal distribution function and exp(-z^2/2). Near zero an odd polynomial in z, further out
-// exp(-z^2/2) t P(t) with t = 1 / (1 + 0.35 |z|), fitted for this file: 1e-7 of the largest value.
-SOLERA_INLINE void normal_cdf(vf z, vf& cdf, vf& bell) {
-  vf a = z < 0 ? -z : z, u = z * z;
-  bell = expv(u * -0.5f);
-  vf p = splat(4.1155571186326275e-07f);
-  p = p * u - 8.718302019400613e-06f;
-  p = p * u + 0.00011435638491697361f;
-  p = p * u - 0.0011864884846784344f;
-  p = p * u + 0.009973241304377791f;
-  p = p * u - 0.0664903350265112f;
-  p = p * u + 0.39894227933791165f;
-  vf t = 1.0f / (1.0f + 0.35f * a);
-  vf q = splat(0.041896703389993725f);
-  q = q * t - 0.10687591203031702f;
-  q = q * t + 0.04146666303732552f;
-  q = q * t + 0.031926204777293056f;
-  q = q * t + 0.08998357404533877f;
-  q = q * t + 0.1224055256404623f;
-  q = q * t + 0.13963308544249262f;
-  q = q * t + 0.13962978183403957f;
-  vf tail = t * q * bell;
-  cdf = a < 1.5f ? 0.5f + z * p : (z > 0 ? 1.0f - tail : tail);
-  cdf = z == z ? cdf : z;
-}
-SOLERA_INLINE void normal_cdf(vd z, vd& cdf, vd& bell) {
-  for (int i = 0; i < Vec<double>::lanes; ++i) {
-    cdf[i] = 0.5 * __builtin_erfc(z[i] * -0.70710678118654752440);
-    bell[i] = __builtin_exp(-0.5 * z[i] * z[i]);
-  }
-}
 
 template <int n>
 struct EnsembleCount {
   static constexpr int value = n;
 };
 
-enum : int { kNone = 0, kRelu = 1, kGelu = 2, kSilu = 3 };
-
-template <class V>
-SOLERA_INLINE V activate(V z, int activation) {
-  if (activation == kRelu) return z <= 0 ? V{} : z;
-  if (activation == kSilu) return z / (1 + expv(-z));
-  if (activation == kGelu) {
-    V cdf, bell;
-    normal_cdf(z, cdf, bell);
-    return z * cdf;
-  }
-  return z;
-}
-// dy * act'(z); for relu v may be z or y.
-template <class V>
-SOLERA_INLINE V slope(V dy, V v, int activation) {
-  if (activation == kRelu) return v <= 0 ? V{} : dy;
-  if (activation == kSilu) {
-    V sigmoid = 1 / (1 + expv(-v));
-    return dy * sigmoid * (1 + v * (1 - sigmoid));
-  }
-  V cdf, bell;
-  normal_cdf(v, cdf, bell);
-  const auto scale = decltype(v[0] + v[0])(0.39894228040143267794);
-  return dy * (cdf + v * bell * scale);
-}
 template <class T>
 SOLERA_INLINE AccVec<T> delta_at(const T* dy, const T* saved, int n, int activation) {
   AccVec<T> g = get(dy, n);
@@ -119,7 +43,7 @@ struct Ensemble {
       const int64_t n = t.base + j * t.step;
       const T* from = (const T*)x + (t.shared ? n / t.members : n) * D;
       const Real* by = row(r, n % t.members);
-      strips<T>(D, [&](int64_t i, int c) {
+      strips<kLanes<T>>(D, [&](int64_t i, int c) {
         put(tile + j * D + i, get(from + i, c) * get(by + i, c), c);
       });
     }
@@ -133,7 +57,7 @@ struct Ensemble {
       const int64_t n = t.base + j * t.step, at = n * t.columns;
       const C* from = (const C*)h.data + j * h.stride;
       const Real *by = row(s, n % t.members), *plus = row(bias, n % t.members);
-      strips<T>(t.columns, [&](int64_t i, int c) {
+      strips<kLanes<T>>(t.columns, [&](int64_t i, int c) {
         V v = get(from + i, c) * get(by + i, c) + get(plus + i, c);
         if (z) put((T*)z + at + i, v, c);
         put((T*)y + at + i, activate(v, kActivation), c);
@@ -156,7 +80,7 @@ struct Ensemble {
       const int64_t n = t.base + j * t.step;
       const Real* by = row(s, n % t.members);
       const T *g = (const T*)dy + n * D, *v = (const T*)saved + n * D;
-      strips<T>(D, [&](int64_t i, int c) {
+      strips<kLanes<T>>(D, [&](int64_t i, int c) {
         put(tile + j * D + i, delta_at(g + i, v + i, c, activation) * get(by + i, c), c);
       });
     }
@@ -171,7 +95,7 @@ struct Ensemble {
       const Real* by = row(r, n % t.members);
       Real* sum = (Real*)dx + n / t.members * t.columns;
       T* to = (T*)dx + n * t.columns;
-      strips<T>(t.columns, [&](int64_t i, int c) {
+      strips<kLanes<T>>(t.columns, [&](int64_t i, int c) {
         V v = get(from + i, c) * get(by + i, c);
         if (t.shared)
           put(sum + i, get(sum + i, c) + v, c);
@@ -191,7 +115,7 @@ struct Ensemble {
       const int64_t rows = span.end - b < kRows ? span.end - b : kRows;
       const int64_t at = (b * span.members + span.member) * columns + first;
       C* tile = (C*)out + (b - span.begin) * width;
-      strips<T>(width, [&](int64_t o, int c) {
+      strips<kLanes<T>>(width, [&](int64_t o, int c) {
         V sum{};
         for (int64_t j = 0; j < rows; ++j) {
           const int64_t from = at + j * span.members * columns + o;
@@ -209,7 +133,7 @@ struct Ensemble {
   static void combine_rows(const C* g, const C* w, int64_t w_stride, Real* dw, int64_t dw_stride,
                            const Real* r, const Real* s, Real* dr, Real* ds, int64_t width) {
     V sums[R] = {};
-    strips<T>(width, [&](int64_t i, int c) {
+    strips<kLanes<T>>(width, [&](int64_t i, int c) {
       const V scale = get(r + i, c);
       V column{};
       for (int o = 0; o < R; ++o) {
@@ -248,7 +172,7 @@ struct Ensemble {
       const T* u = (const T*)x + (shared ? b : n) * columns;
       const C* v = (const C*)d.data + n * d.stride;
       Real* sum = (Real*)out;
-      strips<T>(columns, [&](int64_t i, int c) {
+      strips<kLanes<T>>(columns, [&](int64_t i, int c) {
         put(sum + i, get(sum + i, c) + get(u + i, c) * get(v + i, c), c);
       });
     }
@@ -261,7 +185,7 @@ struct Ensemble {
     for (int64_t b = span.begin; b < span.end; ++b) {
       const int64_t n = b * span.members + span.member, at = n * columns;
       const C* v = ds ? (const C*)h.data + n * h.stride : nullptr;
-      strips<T>(columns, [&](int64_t o, int c) {
+      strips<kLanes<T>>(columns, [&](int64_t o, int c) {
         V d = delta_at((const T*)dy + at + o, (const T*)saved + at + o, c, activation);
         if (ds) put((Real*)ds + o, get((Real*)ds + o, c) + d * get(v + o, c), c);
         if (db) put((Real*)db + o, get((Real*)db + o, c) + d, c);
@@ -270,15 +194,16 @@ struct Ensemble {
   }
 
   static void add(const void* part, void* sum, int64_t n) {
-    strips<T>(n, [&](int64_t i, int c) {
+    strips<kLanes<T>>(n, [&](int64_t i, int c) {
       put((Real*)sum + i, get((Real*)sum + i, c) + get((const C*)part + i, c), c);
     });
   }
   static void round(const void* sum, void* out, int64_t n) {
-    strips<T>(n, [&](int64_t i, int c) { put((T*)out + i, get((const Real*)sum + i, c), c); });
+    strips<kLanes<T>>(n,
+                      [&](int64_t i, int c) { put((T*)out + i, get((const Real*)sum + i, c), c); });
   }
   static void widen(const void* in, void* out, int64_t n) {
-    strips<T>(n, [&](int64_t i, int c) { put((C*)out + i, get((const T*)in + i, c), c); });
+    strips<kLanes<T>>(n, [&](int64_t i, int c) { put((C*)out + i, get((const T*)in + i, c), c); });
   }
   // out (columns, rows) = the transpose of w, for row blocks [begin, end) of 16 rows each.
   static void transpose(const void* w, void* out, int64_t rows, int64_t columns, int64_t begin,

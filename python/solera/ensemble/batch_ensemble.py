@@ -28,20 +28,17 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._activation import GELU, RELU, activate, delta_of
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
 from .._route import needs_graph, use_reference
-from ._activation import (
-    GELU,
-    RELU,
-    activate,
+from ._members import (
     activation_code,
     autocast,
     by_member,
     cast_grad,
     check_bias,
     check_input,
-    delta_of,
     fresh,
 )
 

@@ -1,0 +1,61 @@
+// Rows of contiguous elements, a vector at a time: what most kernels are written with.
+#pragma once
+
+#include "simd.h"
+
+namespace solera {
+namespace SOLERA_ISA {
+namespace {
+
+template <class T>
+using A = typename Acc<T>::type;
+
+// Calls body(offset, count) over [0, n): whole vectors with a constant count, then one partial.
+template <int kStep, class F>
+SOLERA_INLINE void strips(int64_t n, const F& body) {
+  int64_t j = 0;
+  for (; j + kStep <= n; j += kStep) body(j, kStep);
+  if (j < n) body(j, int(n - j));
+}
+template <class T>
+SOLERA_INLINE AccVec<T> get(const T* p, int count) {
+  return count == kLanes<T> ? load(p) : load_n(p, count);
+}
+template <class T>
+SOLERA_INLINE void put(T* p, AccVec<T> v, int count, bool streaming = false) {
+  if (count != kLanes<T>)
+    store_n(p, v, count);
+  else if (streaming)
+    stream(p, v);
+  else
+    store(p, v);
+}
+
+// Sum over a row of term(offset): four independent accumulators hide the latency of the add.
+template <class T, class F>
+SOLERA_INLINE A<T> row_sum(int64_t n, const F& term) {
+  constexpr int L = kLanes<T>;
+  AccVec<T> s0{}, s1{}, s2{}, s3{};
+  int64_t j = 0;
+  for (; j + 4 * L <= n; j += 4 * L) {
+    s0 += term(j, L);
+    s1 += term(j + L, L);
+    s2 += term(j + 2 * L, L);
+    s3 += term(j + 3 * L, L);
+  }
+  for (; j + L <= n; j += L) s0 += term(j, L);
+  if (j < n) s1 += term(j, int(n - j));
+  return lane_sum((s0 + s1) + (s2 + s3));
+}
+
+// Lanes at or past count set to zero (a partial load gives 0, but 0 - mean is not 0).
+template <class T>
+SOLERA_INLINE AccVec<T> keep(AccVec<T> v, int count) {
+  if (count == kLanes<T>) return v;
+  for (int i = count; i < kLanes<T>; ++i) v[i] = 0;
+  return v;
+}
+
+}  // namespace
+}  // namespace SOLERA_ISA
+}  // namespace solera
