@@ -71,4 +71,7 @@ def _case(device, dtype, shape, backward) -> Case:
         bytes=traffic * size,
         flops=(6 if backward else 2) * B * K * I * O,
         saved_bytes=(x.numel() + parameters) * size if backward else None,
+        # Rows are padded to the 16-row product, whose bits do not depend on the batch: its sums of 512 run
+        # one after another, as eager's do from 16 rows on, while eager's product of one row splits them.
+        tolerance=3.5e-7 if dtype == torch.float32 and B < 16 else None,
     )

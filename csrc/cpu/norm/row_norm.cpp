@@ -10,8 +10,9 @@
 //
 // Bytes a row of D elements: forward reads x, writes y (with a residual: reads 2, writes 2);
 // backward reads u and dy, writes du. A row and its operands stay in L1/L2 between passes, so
-// memory sees each byte once. The weight gradient is summed over chunks of 64 rows, whatever the
-// thread count, then over the chunks in order (in double): same bits for any number of threads.
+// memory sees each byte once. The weight gradient is summed over chunks of rows (64, fewer where
+// there would not be 16 chunks; never by the thread count), then over the chunks in order (in
+// double): same bits for any number of threads.
 #include "../strips.h"
 
 namespace solera {
@@ -33,10 +34,10 @@ struct RowNormBackward {
   const void *weight, *mean, *rstd;  // weight is never null here: ones where there is none
   void* dx;                          // may be null
   void *dweight, *dbias;             // in A, one row of D per chunk; may be null
-  int64_t rows, columns;
+  int64_t rows, columns, chunk_rows;
   bool centred, streaming;
 };
-constexpr int64_t kChunkRows = 64;
+constexpr int64_t kChunkRows = 64, kLeastChunkRows = 4, kChunks = 16;
 
 struct RowNormTable {
   void (*forward[4])(const RowNormForward&, int64_t begin, int64_t end);
@@ -153,8 +154,8 @@ void backward_chunks(const RowNormBackward& p, int64_t first_chunk, int64_t last
     A<T>* dbias = p.dbias ? (A<T>*)p.dbias + chunk * D : nullptr;
     if (dweight) memset((void*)dweight, 0, size_t(D) * sizeof(A<T>));
     if (dbias) memset((void*)dbias, 0, size_t(D) * sizeof(A<T>));
-    int64_t row = chunk * kChunkRows;
-    const int64_t end = row + kChunkRows < p.rows ? row + kChunkRows : p.rows;
+    int64_t row = chunk * p.chunk_rows;
+    const int64_t end = row + p.chunk_rows < p.rows ? row + p.chunk_rows : p.rows;
     for (; row < end; ++row) backward_row<T, kDx, kDirect, kCentred>(p, row, dweight, dbias);
   }
   if (p.streaming) stream_fence();
@@ -202,6 +203,7 @@ const RowNormTable row_norm_table = {
 }  // namespace solera
 
 #ifdef SOLERA_FRONT
+#include <algorithm>
 #include <cmath>
 
 #include "../parallel.h"
@@ -353,7 +355,9 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_backward(const Tensor& dy_in, OptTen
     weight_offset = 0;
   }
   const Row w(weight, shape.columns, acc, weight_offset);
-  const int64_t chunks = (shape.rows + kChunkRows - 1) / kChunkRows;
+  const int64_t spread = (shape.rows + kChunks - 1) / kChunks;
+  const int64_t chunk_rows = std::max(kLeastChunkRows, std::min(kChunkRows, spread));
+  const int64_t chunks = (shape.rows + chunk_rows - 1) / chunk_rows;
   const int64_t zero[] = {0}, part[] = {chunks, shape.columns};
   const Sizes none(zero, 1), one(part + 1, 1), all(part, 2);
   Tensor dx = empty_like(u, need_x ? shape.sizes : none);
@@ -372,12 +376,13 @@ std::tuple<Tensor, Tensor, Tensor> row_norm_backward(const Tensor& dy_in, OptTen
                     need_bias ? dbias_part.mutable_data_ptr() : nullptr,
                     shape.rows,
                     shape.columns,
+                    chunk_rows,
                     centred,
                     shape.streaming};
   const auto& table = pick_row_norm_table();
   const auto kernel = table.backward[shape.dtype];
   if (shape.columns > 0)
-    parallel_for(0, chunks, grain_for(shape.row_bytes * kChunkRows),
+    parallel_for(0, chunks, grain_for(shape.row_bytes * chunk_rows),
                  [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   const auto sum = table.sum_chunks[acc == ScalarType::Double];
   const auto finish = [&](const Tensor& part, Tensor& out) {
