@@ -13,6 +13,7 @@
 #                       for the smaller CPU build name the CPU index that pytorch.org lists:
 #                       make test PIP_ARGS="--index-url <that index>"
 # TRITON=triton==3.6.0  the Triton that goes with TORCH, for torch builds that do not bring their own
+# JOBS=2                how many processes the interpreted tests run in: the interpreter uses one core
 # ARGS=...              more arguments for pytest or the benchmark
 
 PYTHON ?= python3
@@ -21,6 +22,7 @@ TRITON ?= triton==3.7.1
 TIMM ?= timm==1.0.31
 PIP_ARGS ?=
 ARGS ?=
+JOBS ?= 2
 QUICK ?=
 VENV := .venv
 
@@ -54,7 +56,7 @@ test-cpp: build
 	$(PY) -m pytest $(ARGS)
 
 test-triton: build
-	$(INTERPRETED) $(PY) -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(INTERPRETED) $(PY) -m pytest -n $(JOBS) $(ARGS)
 
 sanitize: build
 	tools/variant.sh sanitize
