@@ -1,5 +1,248 @@
 """Normalization variants: rows, channels, weights and logits brought to a scale."""
 
+from .ada_norm import ada_layer_norm, ada_rms_norm, indexed_layer_norm
+from .adain import (
+    adain_perturb,
+    adain_tokens,
+    adaptive_instance_norm,
+    attn_inject,
+    conditional_instance_norm,
+    style_mix_adain,
+)
+from .adalin import ada_layer_instance_norm, layer_instance_norm
+from .batch_norm import batch_norm, fold_batch_norm
+from .class_statistics import (
+    attenuated_cosine_score,
+    cafa_loss,
+    class_gaussian_sample,
+    corr_matrix,
+    gaussian_weight,
+    gnb_logits,
+    gram_variance_pairs,
+    hidden_covariance_score,
+    indexed_stats_update_,
+    iter_proto_adapt,
+    linear_cka,
+    mahalanobis,
+    masked_gram_l1,
+    masked_mix,
+    memory_bank_ema_,
+    prototype_drift,
+    wpca_score,
+)
+from .contrastive import (
+    batch_negatives,
+    cosine_cross_entropy,
+    cosine_logits,
+    cosine_relation_kl,
+    feature_direction_loss,
+    info_nce,
+    kl_dro_loss,
+    loss_reweight,
+    multi_similarity_loss,
+    soft_topk,
+)
+from .deep_norm import deep_norm, deep_norm_constants, ln_lstm_cell, row_scale
+from .deviation import adaptive_deviation_scale, gated_stream_sum
+from .evonorm import evonorm_b0, evonorm_b1, evonorm_b2, evonorm_s0
+from .gated_norm import gated_rms_norm
+from .grad_norm import (
+    adaptive_grad_clip_,
+    multi_tensor_norm,
+    norm_growth_limit_,
+    orthogonalize_grad_,
+)
+from .grad_scale import embedding_shrink, grad_scale
+from .grad_step import (
+    StableSpamState,
+    fira_residual_,
+    normalized_momentum_step_,
+    stable_spam_step_,
+)
+from .group_norm import group_norm
+from .instance_norm import instance_norm
+from .l2_norm import (
+    class_shift,
+    l2_normalize,
+    maxsim,
+    norm_linear,
+    rescale_to_norm,
+    simple_rms_norm,
+)
+from .logit_losses import (
+    aldr_kl_loss,
+    comp_sum_loss,
+    decoupled_softmax_loss,
+    ldr_kl_loss,
+    log_stablemax,
+    logit_norm_cross_entropy,
+    spherical_z_loss,
+    stablemax,
+    stablemax_cross_entropy,
+    z_loss,
+)
+from .margins import adaface, arcface, cosface, madacos
+from .metric_losses import any_loss, bag_mean_loss, dice_loss, pairwise_softplus, soft_confusion
+from .moex import moment_exchange, moment_shortcut, positional_norm
+from .moments2 import class_moments, covariance, gram_pairs, masked_mean_pool_layers
+from .normalized_softmax import normalized_softmax_cross_entropy
+from .online_norm import OnlineNormState, online_norm
+from .qk_norm import qk_norm
+from .querybank import (
+    column_lse,
+    dual_bank_norm,
+    dual_bank_norm_embed,
+    querybank_norm,
+    querybank_norm_embed,
+)
+from .recalibrate import BatchStatistics, batch_norm_recalibrate
+from .region_adain import region_adain
 from .row_norm import layer_norm, rms_norm
+from .stable_spam import StableSPAM
+from .test_time import (
+    alpha_batch_norm,
+    bn_adapt,
+    domain_batch_norm,
+    gated_entropy_loss,
+)
+from .time_norm import time_layer_norm, time_parameter, time_rms_norm
+from .weight_standardize import scaled_weight_standardize
+from .whitening import (
+    MomentAccumulator,
+    iterative_whitening,
+    newton_schulz,
+    phi_standardize,
+    phi_standardize_fit,
+    phi_standardize_invert,
+    whiten_apply,
+    whiten_fit,
+)
 
-__all__ = ["layer_norm", "rms_norm"]
+__all__ = [
+    "BatchStatistics",
+    "MomentAccumulator",
+    "OnlineNormState",
+    "StableSPAM",
+    "StableSpamState",
+    "ada_layer_instance_norm",
+    "ada_layer_norm",
+    "ada_rms_norm",
+    "adaface",
+    "adain_perturb",
+    "adain_tokens",
+    "adaptive_deviation_scale",
+    "adaptive_grad_clip_",
+    "adaptive_instance_norm",
+    "aldr_kl_loss",
+    "alpha_batch_norm",
+    "any_loss",
+    "arcface",
+    "attenuated_cosine_score",
+    "attn_inject",
+    "bag_mean_loss",
+    "batch_negatives",
+    "batch_norm",
+    "batch_norm_recalibrate",
+    "bn_adapt",
+    "cafa_loss",
+    "class_gaussian_sample",
+    "class_moments",
+    "class_shift",
+    "column_lse",
+    "comp_sum_loss",
+    "conditional_instance_norm",
+    "corr_matrix",
+    "cosface",
+    "cosine_cross_entropy",
+    "cosine_logits",
+    "cosine_relation_kl",
+    "covariance",
+    "decoupled_softmax_loss",
+    "deep_norm",
+    "deep_norm_constants",
+    "dice_loss",
+    "domain_batch_norm",
+    "dual_bank_norm",
+    "dual_bank_norm_embed",
+    "embedding_shrink",
+    "evonorm_b0",
+    "evonorm_b1",
+    "evonorm_b2",
+    "evonorm_s0",
+    "feature_direction_loss",
+    "fira_residual_",
+    "fold_batch_norm",
+    "gated_entropy_loss",
+    "gated_rms_norm",
+    "gated_stream_sum",
+    "gaussian_weight",
+    "gnb_logits",
+    "grad_scale",
+    "gram_pairs",
+    "gram_variance_pairs",
+    "group_norm",
+    "hidden_covariance_score",
+    "indexed_layer_norm",
+    "indexed_stats_update_",
+    "info_nce",
+    "instance_norm",
+    "iter_proto_adapt",
+    "iterative_whitening",
+    "kl_dro_loss",
+    "l2_normalize",
+    "layer_instance_norm",
+    "layer_norm",
+    "ldr_kl_loss",
+    "linear_cka",
+    "ln_lstm_cell",
+    "log_stablemax",
+    "logit_norm_cross_entropy",
+    "loss_reweight",
+    "madacos",
+    "mahalanobis",
+    "masked_gram_l1",
+    "masked_mean_pool_layers",
+    "masked_mix",
+    "maxsim",
+    "memory_bank_ema_",
+    "moment_exchange",
+    "moment_shortcut",
+    "multi_similarity_loss",
+    "multi_tensor_norm",
+    "newton_schulz",
+    "norm_growth_limit_",
+    "norm_linear",
+    "normalized_momentum_step_",
+    "normalized_softmax_cross_entropy",
+    "online_norm",
+    "orthogonalize_grad_",
+    "pairwise_softplus",
+    "phi_standardize",
+    "phi_standardize_fit",
+    "phi_standardize_invert",
+    "positional_norm",
+    "prototype_drift",
+    "qk_norm",
+    "querybank_norm",
+    "querybank_norm_embed",
+    "region_adain",
+    "rescale_to_norm",
+    "rms_norm",
+    "row_scale",
+    "scaled_weight_standardize",
+    "simple_rms_norm",
+    "soft_confusion",
+    "soft_topk",
+    "spherical_z_loss",
+    "stable_spam_step_",
+    "stablemax",
+    "stablemax_cross_entropy",
+    "style_mix_adain",
+    "time_layer_norm",
+    "time_parameter",
+    "time_rms_norm",
+    "whiten_apply",
+    "whiten_fit",
+    "wpca_score",
+    "z_loss",
+]

@@ -1,6 +1,7 @@
 """Weight interpolation: combinations and moving averages of the weights of several models."""
 
+from .conv_lora import conv_lora_weight
 from .ema import ema_
 from .lincomb import lincomb
 
-__all__ = ["ema_", "lincomb"]
+__all__ = ["conv_lora_weight", "ema_", "lincomb"]
