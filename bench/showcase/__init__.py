@@ -17,7 +17,7 @@ import torch
 
 from ..collect import Failure, failure
 
-MODULES = ("ensemble", "colour_transfer", "soup", "residual_net")
+MODULES = ("ensemble", "colour_transfer", "soup", "residual_net", "digit_norms", "style_statistics")
 COLUMNS = ["", "Solera", "plain torch"]
 
 
