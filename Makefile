@@ -13,7 +13,7 @@
 #                       for the smaller CPU build name the CPU index that pytorch.org lists:
 #                       make test PIP_ARGS="--index-url <that index>"
 # TRITON=triton==3.6.0  the Triton that goes with TORCH, for torch builds that do not bring their own
-# JOBS=2                how many processes the interpreted tests run in: the interpreter uses one core
+# JOBS=2                how many processes the tests run in: much of them, the interpreter above all, uses one core
 # ARGS=...              more arguments for pytest or the benchmark
 
 PYTHON ?= python3
@@ -53,7 +53,7 @@ bench: build
 test: test-cpp test-triton
 
 test-cpp: build
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(JOBS) $(ARGS)
 
 test-triton: build
 	OMP_NUM_THREADS=1 $(INTERPRETED) $(PY) -m pytest -n $(JOBS) $(ARGS)

@@ -123,7 +123,8 @@ def test_large_mean_and_constant_rows(shape):
     torch.testing.assert_close(mean.double(), d.mean(1), rtol=1.2e-7, atol=0)
     exact = d.var(1, correction=0)
     # A slab's mean is kept to half a unit of 1e4, 5e-4 of the deviation.
-    torch.testing.assert_close(var.double()[1:], exact[1:], rtol=1e-4, atol=1e-9)
+    near = 5e-4 if INTERPRETED else 1e-4  # a tile of the interpreter adds one row after another
+    torch.testing.assert_close(var.double()[1:], exact[1:], rtol=near, atol=1e-9)
     assert (var >= 0).all() and (var[0] < 1e-12).all()
 
 

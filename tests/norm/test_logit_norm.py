@@ -111,8 +111,8 @@ def test_loss_and_gradient_against_float64(name, shape, dtype):
     if dtype == torch.float64:
         assert relative_error(got, want) <= 1e-13 and relative_error(dx, dw) <= 1e-13
         return
-    if dtype == torch.float32 and shape[1] < 10:
-        # Of nine elements one rounding decides: two units in the last place.
+    if dtype == torch.float32 and shape[1] < 20:
+        # Of so few elements one rounding decides: two units in the last place.
         assert relative_error(got, want) <= 2.4e-7 and relative_error(dx, dw) <= 2.4e-7
         return
     assert_accurate(got, want, today, "loss")

@@ -28,7 +28,10 @@ Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 
 @dataclass
 class Conversion:
-    """What `convert` or `revert` did: module names by what happened to them. `print(report)` shows it."""
+    """What `convert` or `revert` did: module names by what happened to them. `print(report)` shows it.
+
+    Shapes: none.
+    """
 
     changed: dict[str, tuple[str, str]] = field(default_factory=dict)  # name -> (from, to)
     kept: dict[str, str] = field(default_factory=dict)  # name -> why a norm was left alone
