@@ -97,7 +97,7 @@ def specs(device: str) -> Iterator[Spec]:
             dtype=dtype,
             make=lambda: _case(name, shape, dtype, device, last, backward),
             targets=targets or {},
-            quick=quick,
+            quick=quick and dtype == f32,
         )
 
     for dtype in (f32, bf16):

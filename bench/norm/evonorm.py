@@ -112,7 +112,7 @@ def specs(device: str) -> Iterator[Spec]:
             dtype=dtype,
             make=lambda: _case(form, shape, dtype, device, backward, last),
             targets=targets or {},
-            quick=quick,
+            quick=quick and dtype == f32,
         )
 
     goal = {"eager": 5, "compile": 1.5}

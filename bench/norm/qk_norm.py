@@ -108,7 +108,7 @@ def specs(device: str) -> Iterator[Spec]:
             dtype=dtype,
             make=lambda: _case(sizes, dtype, device, pairs, fused),
             targets=targets or {},
-            quick=quick,
+            quick=quick and dtype == f32,
         )
 
     large, grouped = (4 * scale, 16, 16, 1024, 128), (8 * scale, 16, 4, 2048, 64)

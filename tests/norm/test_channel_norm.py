@@ -76,7 +76,7 @@ def test_passes_against_float64(shape, with_lengths, dtype):
         for name, a, b in zip(NAMES, passes(*arguments), exact_passes(*arguments), strict=True):
             if name == "mean":  # of signed terms, near zero: held to the size of the terms
                 rms = x.double().square().mean().sqrt()
-                assert (a - b).abs().max() <= 4 * ULP[a.dtype] * rms, name
+                assert (a - b).abs().max() <= 8 * ULP[a.dtype] * rms, name
                 continue
             # Sums of signed terms lose digits with the square root of their number.
             half = a.dtype in (torch.bfloat16, torch.float16)
