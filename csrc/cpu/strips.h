@@ -56,6 +56,22 @@ SOLERA_INLINE AccVec<T> keep(AccVec<T> v, int count) {
   return v;
 }
 
+// out[j] = sum over chunks of partial[chunk][j], in order, in double.
+template <class A>
+void sum_chunks(const void* partial, void* out, int64_t chunks, int64_t columns, int64_t begin,
+                int64_t end) {
+  constexpr int kBlock = 64;
+  for (int64_t j = begin; j < end; j += kBlock) {
+    const int n = int(end - j < kBlock ? end - j : kBlock);
+    double sum[kBlock] = {};
+    for (int64_t c = 0; c < chunks; ++c) {
+      const A* row = (const A*)partial + c * columns + j;
+      for (int i = 0; i < n; ++i) sum[i] += double(row[i]);
+    }
+    for (int i = 0; i < n; ++i) ((A*)out)[j + i] = A(sum[i]);
+  }
+}
+
 }  // namespace
 }  // namespace SOLERA_ISA
 }  // namespace solera

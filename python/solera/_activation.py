@@ -14,6 +14,7 @@ RELU, GELU, SILU, SIGMOID = 1, 2, 3, 4
 
 
 def activate(z: Tensor, activation: int) -> Tensor:
+    """The activation with this code; the identity for 0."""
     if activation == RELU:
         return F.relu(z)
     if activation == GELU:

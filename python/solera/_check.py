@@ -63,6 +63,7 @@ def like(name: str, value: object, shape: tuple[int, ...], x: Tensor, x_name: st
 
 
 def same_dtype(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> None:
+    """value has x's dtype."""
     if value.dtype is not x.dtype:
         raise TypeError(f"{name}: expected {x.dtype} (that of {x_name}), got {value.dtype}")
 
@@ -81,5 +82,6 @@ def number(name: str, value: object, *, low: float = -math.inf, high: float = ma
 
 
 def choice(name: str, value: object, options: tuple[object, ...]) -> None:
+    """value is one of the options."""
     if value not in options:
         raise ValueError(f"{name}: expected one of {options}, got {value!r}")

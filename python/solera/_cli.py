@@ -37,6 +37,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """The console script `solera`; returns the exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.version:

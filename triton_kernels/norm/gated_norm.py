@@ -17,6 +17,7 @@ import triton.language as tl
 
 from .._activation import activate, slope
 from .._launch import accumulate_type, accumulator, on_device_of, processors
+from .row_norm import sum_partials_kernel
 
 WIDEST = 4096  # columns of a group kept in registers
 TILE = 2048  # columns a step for wider groups
@@ -246,18 +247,6 @@ def gated_norm_parameters_wide_kernel(
         tl.store(dbias + at, db, mask=cols < columns)
 
 
-@triton.jit
-def gated_norm_sum_kernel(partial, out, parts, columns, C: tl.constexpr):
-    """out[j] = sum over parts of partial[part, j], in order."""
-    cols = tl.program_id(0) * C + tl.arange(0, C)
-    total = tl.zeros((C,), partial.dtype.element_ty)
-    at = partial + cols
-    for _ in range(parts):
-        total += tl.load(at, mask=cols < columns, other=0.0)
-        at += columns
-    tl.store(out + cols, total, mask=cols < columns)
-
-
 # ---- launchers ---------------------------------------------------------------------------------------
 
 
@@ -349,7 +338,7 @@ def gated_norm_backward(
         for partial, need in ((dweight, need_weight), (dbias, need_bias)):
             total = x.new_empty((width,) if need else (0,), dtype=acc)
             if need:
-                gated_norm_sum_kernel[(triton.cdiv(width, 128),)](
+                sum_partials_kernel[(triton.cdiv(width, 128),)](
                     partial, total, parts, width, C=128, num_warps=4
                 )
             sums.append(total)
@@ -427,11 +416,3 @@ def aot() -> Iterator:
             divisible_by_16=(*pointers, *divisible),
             num_warps=4,
         )
-    yield AotCase(
-        name="gated_norm_sum",
-        fn=gated_norm_sum_kernel,
-        signature={"partial": acc, "out": acc, "parts": "i32", "columns": "i32"},
-        constexprs={"C": 128},
-        divisible_by_16=("partial", "out", "columns"),
-        num_warps=4,
-    )

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from .._launch import accumulate_type, accumulator, on_device_of, processors
+from .row_norm import sum_partials_kernel
 
 WIDEST = 8192  # elements of a row kept in registers; wider ones (l2_normalize) have no weight and no angles
 TILE = 4096
@@ -207,18 +208,6 @@ def head_norm_wide_kernel(
         tl.store(out + row * columns + c + lane, v.to(out.dtype.element_ty), mask=inside)
 
 
-@triton.jit
-def head_norm_sum_kernel(partial, out, parts, columns, C: tl.constexpr):
-    """out[j] = sum over parts of partial[part, j], in order."""
-    cols = tl.program_id(0) * C + tl.arange(0, C)
-    total = tl.zeros((C,), partial.dtype.element_ty)
-    at = partial + cols
-    for _ in range(parts):
-        total += tl.load(at, mask=cols < columns, other=0.0)
-        at += columns
-    tl.store(out + cols, total, mask=cols < columns)
-
-
 # ---- launchers ---------------------------------------------------------------------------------------
 
 
@@ -321,7 +310,7 @@ def head_norm_backward(
             **config,
         )  # fmt: skip
         if need_weight:
-            head_norm_sum_kernel[(triton.cdiv(heads * columns, 128),)](
+            sum_partials_kernel[(triton.cdiv(heads * columns, 128),)](
                 partial, dweight, parts, heads * columns, C=128, num_warps=4
             )
     return dx, dweight
@@ -390,11 +379,3 @@ def aot() -> Iterator:
             divisible_by_16=(*pointers, *all_steps, "columns"),
             num_warps=8,
         )  # fmt: skip
-    yield AotCase(
-        name="head_norm_sum",
-        fn=head_norm_sum_kernel,
-        signature={"partial": acc, "out": acc, "parts": "i32", "columns": "i32"},
-        constexprs={"C": 128},
-        divisible_by_16=("partial", "out", "columns"),
-        num_warps=4,
-    )

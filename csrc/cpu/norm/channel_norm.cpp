@@ -42,8 +42,8 @@ SOLERA_INLINE void moments_row(const ChannelWork& w, const Piece& i) {
     add(j + L, L, 1);
   }
   strips<L>(i.valid - j, [&](int64_t k, int n) { add(j + k, n, 0); });
-  A<T> square = lane_total(squares[0] + squares[1]);
-  if (i.valid > 0) correct(mean, square, lane_total(sum[0] + sum[1]), count);
+  A<T> square = lane_sum(squares[0] + squares[1]);
+  if (i.valid > 0) correct(mean, square, lane_sum(sum[0] + sum[1]), count);
   ((A<T>*)w.first)[i.part] = mean;
   ((A<T>*)w.second)[i.part] = w.finished ? square / count : square;
 }
@@ -90,8 +90,8 @@ SOLERA_INLINE void reduce_row(const ChannelWork& w, const Piece& i) {
     add(j + L, L, g1, d1);
   }
   strips<L>(i.valid - j, [&](int64_t k, int n) { add(j + k, n, g0, d0); });
-  ((A<T>*)w.first)[i.part] = lane_total(g0 + g1);
-  ((A<T>*)w.second)[i.part] = lane_total(d0 + d1);
+  ((A<T>*)w.first)[i.part] = lane_sum(g0 + g1);
+  ((A<T>*)w.second)[i.part] = lane_sum(d0 + d1);
 }
 
 template <class T, int kAct, bool kResidual>

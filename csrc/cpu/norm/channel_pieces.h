@@ -149,21 +149,6 @@ SOLERA_INLINE void with_activation(int activation, const F& f) {
   }
 }
 
-SOLERA_INLINE float lane_total(vf v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  return lane_sum(v);
-#endif
-}
-SOLERA_INLINE double lane_total(vd v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_pd((__m512d)v);
-#else
-  return lane_sum(v);
-#endif
-}
-
 template <class T>
 SOLERA_INLINE A<T> total(int64_t n, const T* x) {
   constexpr int L = kLanes<T>;
@@ -173,7 +158,7 @@ SOLERA_INLINE A<T> total(int64_t n, const T* x) {
     for (int v = 0; v < 4; ++v) s[v] += take(x + j + v * L, L);
   for (; j + L <= n; j += L) s[0] += take(x + j, L);
   if (j < n) s[1] += take(x + j, int(n - j));
-  return lane_total((s[0] + s[1]) + (s[2] + s[3]));
+  return lane_sum((s[0] + s[1]) + (s[2] + s[3]));
 }
 
 // What the deviations' own sum still says about the rounded mean.

@@ -247,29 +247,13 @@ void gated_backward(const GatedNorm& p, void* scratch, int64_t first_chunk, int6
   if (p.streaming) stream_fence();
 }
 
-// out[j] = sum over chunks of partial[chunk][j], in order, in double.
-template <class A>
-void gated_sum_chunks(const void* partial, void* out, int64_t chunks, int64_t columns,
-                      int64_t begin, int64_t end) {
-  constexpr int kBlock = 64;
-  for (int64_t j = begin; j < end; j += kBlock) {
-    const int n = int(end - j < kBlock ? end - j : kBlock);
-    double sum[kBlock] = {};
-    for (int64_t c = 0; c < chunks; ++c) {
-      const A* row = (const A*)partial + c * columns + j;
-      for (int i = 0; i < n; ++i) sum[i] += double(row[i]);
-    }
-    for (int i = 0; i < n; ++i) ((A*)out)[j + i] = A(sum[i]);
-  }
-}
-
 }  // namespace
 
 extern const GatedNormTable gated_norm_table;
 const GatedNormTable gated_norm_table = {
     {gated_forward<float>, gated_forward<double>, gated_forward<bf16>, gated_forward<f16>},
     {gated_backward<float>, gated_backward<double>, gated_backward<bf16>, gated_backward<f16>},
-    {gated_sum_chunks<float>, gated_sum_chunks<double>},
+    {sum_chunks<float>, sum_chunks<double>},
 };
 
 }  // namespace SOLERA_ISA

@@ -174,7 +174,7 @@ using tile_product::ceil_div;
 using tile_product::widened;
 
 constexpr int64_t kStrip = 64;  // columns of one task of the moments
-constexpr int64_t kScatterRows = 512, kScatterColumns = 192;
+constexpr int64_t kScatterRows = 512, kScatterColumns = 192, kScatterGroup = 8;
 constexpr int64_t kByClass =
     8;  // from so many segments on a task is a segment, else a tile of D x D
 
@@ -237,6 +237,19 @@ struct Corners {
   }
 };
 
+// out += part, blocks of rows x columns of matrices `step` wide.
+void add_block(void* out, const void* part, int64_t rows, int64_t columns, int64_t step,
+               ScalarType type) {
+  const auto add = [&](auto* to, const auto* from) {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < columns; ++j) to[i * step + j] += from[i * step + j];
+  };
+  if (type == ScalarType::Double)
+    add(static_cast<double*>(out), static_cast<const double*>(part));
+  else
+    add(static_cast<float*>(out), static_cast<const float*>(part));
+}
+
 Tensor segment_scatter(const Tensor& x_in, OptTensor order, const Tensor& offsets,
                        const Tensor& mean_in) {
   const Segments s(x_in, order, offsets);
@@ -253,21 +266,32 @@ Tensor segment_scatter(const Tensor& x_in, OptTensor order, const Tensor& offset
     return {static_cast<char*>(tile) + first * size, rows, std::min(kScatterColumns, D - first), D,
             1};
   };
-  const auto multiply = [&](void* tile, int64_t rows, int64_t c, size_t n) {
+  // Tile after tile goes into `part`, which every kScatterGroup tiles goes into out: one long chain
+  // of additions would round more than the product itself.
+  const auto multiply = [&](void* tile, int64_t rows, int64_t c, Tensor& part, size_t n, bool opens,
+                            bool closes) {
     const auto [i, j] = corners.tiles[n];
-    tile_product::multiply(at(out, (c * D + i) * D + j), D, block(tile, rows, i).transposed(),
-                           block(tile, rows, j), real, true);
+    const auto right = block(tile, rows, j);
+    void* sum = at(part, i * D + j);
+    tile_product::multiply(sum, D, block(tile, rows, i).transposed(), right, real, !opens);
+    if (closes)
+      add_block(at(out, (c * D + i) * D + j), sum, std::min(kScatterColumns, D - i), right.columns,
+                D, real);
   };
   const int64_t pairs = int64_t(corners.tiles.size());
-  const auto walk = [&](int64_t c, void* tile, bool inside) {
-    for (int64_t n = s.edge[c]; n < s.edge[c + 1]; n += kScatterRows) {
-      const int64_t rows = std::min(kScatterRows, s.edge[c + 1] - n);
+  const auto walk = [&](int64_t c, void* tile, Tensor& part, bool inside) {
+    const int64_t first = s.edge[c], last = s.edge[c + 1];
+    for (int64_t n = first; n < last; n += kScatterRows) {
+      const int64_t rows = std::min(kScatterRows, last - n);
+      const int64_t place = (n - first) / kScatterRows % kScatterGroup;
+      const bool closes = place == kScatterGroup - 1 || n + rows == last;
       const auto fill = [&](int64_t begin, int64_t end) {
         centre(s.rows, n + begin, end - begin, at(mean, c * D),
                static_cast<char*>(tile) + begin * D * out.element_size());
       };
       const auto products = [&](int64_t begin, int64_t end) {
-        for (int64_t p = begin; p < end; ++p) multiply(tile, rows, c, size_t(p));
+        for (int64_t p = begin; p < end; ++p)
+          multiply(tile, rows, c, part, size_t(p), place == 0, closes);
       };
       if (inside) {
         fill(0, rows);
@@ -278,14 +302,15 @@ Tensor segment_scatter(const Tensor& x_in, OptTensor order, const Tensor& offset
       }
     }
   };
+  const auto scratch = [&](int64_t rows) { return empty_like(out, {rows * D}); };
   if (s.classes >= kByClass) {
     parallel_for(0, s.classes, 1, [&](int64_t begin, int64_t end) {
-      Tensor tile = empty_like(out, {kScatterRows * D});
-      for (int64_t c = begin; c < end; ++c) walk(c, tile.mutable_data_ptr(), true);
+      Tensor tile = scratch(kScatterRows), part = scratch(D);
+      for (int64_t c = begin; c < end; ++c) walk(c, tile.mutable_data_ptr(), part, true);
     });
   } else {
-    Tensor tile = empty_like(out, {kScatterRows * D});
-    for (int64_t c = 0; c < s.classes; ++c) walk(c, tile.mutable_data_ptr(), false);
+    Tensor tile = scratch(kScatterRows), part = scratch(D);
+    for (int64_t c = 0; c < s.classes; ++c) walk(c, tile.mutable_data_ptr(), part, false);
   }
   const auto mirror = [&](auto zero) {
     using T = decltype(zero);

@@ -216,29 +216,13 @@ void head_backward(const HeadNorm& p, void* scratch, int64_t first_chunk, int64_
   if (p.streaming) stream_fence();
 }
 
-// out[j] = sum over chunks of partial[chunk][j], in order, in double.
-template <class A>
-void head_sum_chunks(const void* partial, void* out, int64_t chunks, int64_t columns, int64_t begin,
-                     int64_t end) {
-  constexpr int kBlock = 64;
-  for (int64_t j = begin; j < end; j += kBlock) {
-    const int n = int(end - j < kBlock ? end - j : kBlock);
-    double sum[kBlock] = {};
-    for (int64_t c = 0; c < chunks; ++c) {
-      const A* row = (const A*)partial + c * columns + j;
-      for (int i = 0; i < n; ++i) sum[i] += double(row[i]);
-    }
-    for (int i = 0; i < n; ++i) ((A*)out)[j + i] = A(sum[i]);
-  }
-}
-
 }  // namespace
 
 extern const HeadNormTable head_norm_table;
 const HeadNormTable head_norm_table = {
     {head_forward<float>, head_forward<double>, head_forward<bf16>, head_forward<f16>},
     {head_backward<float>, head_backward<double>, head_backward<bf16>, head_backward<f16>},
-    {head_sum_chunks<float>, head_sum_chunks<double>},
+    {sum_chunks<float>, sum_chunks<double>},
 };
 
 }  // namespace SOLERA_ISA

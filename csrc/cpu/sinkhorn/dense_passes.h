@@ -66,21 +66,6 @@ SOLERA_INLINE float log2_of(float x) { return __builtin_log2f(x); }
 SOLERA_INLINE double log2_of(double x) { return __builtin_log2(x); }
 SOLERA_INLINE double exp2_of(double x) { return __builtin_exp2(x); }
 
-// lane_sum (the same order of additions) without leaving the registers.
-SOLERA_INLINE float total_of(vf v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
-#else
-  return lane_sum(v);
-#endif
-}
-SOLERA_INLINE double total_of(vd v) {
-#if defined(__AVX512F__)
-  return _mm512_reduce_add_pd((__m512d)v);
-#else
-  return lane_sum(v);
-#endif
-}
 template <class T>
 SOLERA_INLINE V<T> splat_infinity() {
   return splat(T(__builtin_inf()));
@@ -154,7 +139,7 @@ SOLERA_INLINE bool few_rows(const SinkhornProblem& p, int64_t i, T* sums, T* exa
     one(j, c);
   }
   for (int r = 0; r < R; ++r) {
-    sum[r] = total_of(total[r]);
+    sum[r] = lane_sum(total[r]);
     const T weight = a[i + r];
     double state = double(sum[r]);
     sums[r] = sum[r];

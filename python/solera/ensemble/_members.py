@@ -17,6 +17,7 @@ def activation_code(activation: object) -> int:
 
 
 def by_member(x: Tensor) -> Tensor:
+    """(B, I) -> (B, 1, I), which broadcasts over the members; (B, K, I) as it is."""
     return x.unsqueeze(1) if x.dim() == 2 else x
 
 
@@ -26,10 +27,12 @@ def fresh(t: Tensor, wanted: bool = True) -> Tensor:
 
 
 def cast_grad(grad: Tensor, like: Tensor | None, need: bool) -> Tensor | None:
+    """A gradient in its parameter's dtype, None where it was not asked for."""
     return grad.to(like.dtype) if need and like is not None else None
 
 
 def check_input(x: object) -> Tensor:
+    """x of shape (B, I) or (B, K, I)."""
     x = _check.tensor("x", x)
     if x.dim() not in (2, 3):
         raise ValueError(
@@ -39,6 +42,7 @@ def check_input(x: object) -> Tensor:
 
 
 def check_bias(bias: Tensor, members: int, out: int, x: Tensor) -> None:
+    """bias of shape (O,) or (K, O)."""
     one = isinstance(bias, Tensor) and bias.dim() == 1
     _check.like("bias", bias, (out,) if one else (members, out), x)
 

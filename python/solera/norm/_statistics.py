@@ -59,6 +59,7 @@ def bessel(count: int, correction: int, what: str = "x: each channel") -> float:
 
 
 def check_correction(correction: object) -> None:
+    """correction is 0 or 1."""
     if correction not in (0, 1) or isinstance(correction, bool):
         raise ValueError(f"correction: expected 0 or 1, got {correction!r}")
 
@@ -87,6 +88,7 @@ def to_channels(t: Tensor, channels: int) -> Tensor:
 
 
 def group_count(name: str, groups: object, channels: int) -> int:
+    """A positive divisor of the number of channels."""
     if isinstance(groups, bool) or not isinstance(groups, int):
         raise TypeError(
             f"{name}: expected a positive integer, got {type(groups).__name__} {groups!r}"

@@ -19,8 +19,9 @@ from torch.autograd.function import once_differentiable
 from .. import _check
 from .._activation import activation_code
 from .._registry import accumulate_type
+from ._statistics import positions
 from .channel_norm import channel_norm
-from .group_norm import empty_norm, grouped_norm, more_than_one, per_channel, positions
+from .group_norm import check_channels, empty_norm, grouped_norm, more_than_one
 
 
 def merged(mean: Tensor, var: Tensor) -> tuple[Tensor, Tensor]:
@@ -104,6 +105,7 @@ class Synchronised:
 
 
 def running_pair(mean: object, var: object, x: Tensor, required: bool) -> None:
+    """Both running statistics of shape (C,), or neither."""
     for name, value in (("running_mean", mean), ("running_var", var)):
         if value is not None:
             _check.like(name, value, x.shape[1:2], x)
@@ -124,6 +126,7 @@ def update_running(running: Tensor, new: Tensor, momentum: float | Tensor) -> No
 
 
 def stored_statistics(x, mean, var, weight, bias, eps, activation, residual) -> Tensor:
+    """x brought to scale by given means and variances (C,)."""
     combine = partial(_stored, eps=eps)
     params = (mean, var, weight, bias)
     return channel_norm(
@@ -176,8 +179,8 @@ def batch_norm(
     Covariate Shift", 2015.
     """
     _check.tensor("x", x, min_dim=2)
-    per_channel("weight", weight, x)
-    per_channel("bias", bias, x)
+    check_channels("weight", weight, x)
+    check_channels("bias", bias, x)
     if residual is not None:
         _check.like("residual", residual, x.shape, x)
         _check.same_dtype("residual", residual, x)

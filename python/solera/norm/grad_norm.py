@@ -192,10 +192,12 @@ def norms_of(tensors: Sequence[Tensor], clip: Tensor | None = None, ord: float =
 
 
 def dots_of(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """<a_i, b_i> of each pair of tensors, (len(a),), in one launch."""
     return run_in_place("tensor_dots", _tensor_dots, (), a, b)
 
 
 def scale_(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """tensors[i] *= factors[i], in one launch."""
     run_in_place("scale_tensors_", _scale_tensors, (tensors,), tensors, factors)
 
 

@@ -36,6 +36,7 @@ from .._activation import activate, activation_code, delta_of
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
 from .._route import needs_graph, use_reference
+from ._statistics import positions
 
 _op = torch.ops.solera
 
@@ -51,7 +52,7 @@ def _grouped(v: Tensor, groups: int, batch: bool, last: bool) -> tuple[Tensor, t
     return v.reshape(n, groups, a // groups, b), (0, 3) if batch else (2, 3)
 
 
-def _per_channel(t: Tensor, acc: torch.dtype, last: bool) -> Tensor:
+def _check_channels(t: Tensor, acc: torch.dtype, last: bool) -> Tensor:
     """(C,) or (N, C) -> what broadcasts to x."""
     t = t.to(acc)
     t = t if t.dim() == 2 else t[None]
@@ -73,9 +74,9 @@ def _normalised(x, groups, batch, last, eps, correction):
 def _affine(normal, weight, bias, residual, last):
     z = normal
     if weight is not None:
-        z = z * _per_channel(weight, z.dtype, last)
+        z = z * _check_channels(weight, z.dtype, last)
     if bias is not None:
-        z = z + _per_channel(bias, z.dtype, last)
+        z = z + _check_channels(bias, z.dtype, last)
     return z if residual is None else z + residual.to(z.dtype)
 
 
@@ -122,7 +123,7 @@ def _group_norm_backward(
     g = delta_of(dy.contiguous(), z, activation)
     dx, dresidual = x.new_empty(0), x.new_empty(0)
     if need_x:
-        h = g if weight is None else g * _per_channel(weight, g.dtype, last)
+        h = g if weight is None else g * _check_channels(weight, g.dtype, last)
         h, dims = _grouped(h, groups, batch, last)
         n, _ = _grouped(normal, groups, batch, last)
         # p d = -correction r n mean(h n), since d = n / r.
@@ -237,19 +238,14 @@ def grouped_norm(
 # ---- what the functions over it share ----------------------------------------------------------------
 
 
-def per_channel(name: str, t: object, x: Tensor) -> None:
+def check_channels(name: str, t: object, x: Tensor) -> None:
+    """t is None or has shape (C,)."""
     if t is not None:
         _check.like(name, t, x.shape[1:2], x)
 
 
-def positions(x: Tensor) -> int:
-    count = 1
-    for extent in x.shape[2:]:
-        count = count * extent
-    return count
-
-
 def more_than_one(count: int, x: Tensor, what: str) -> None:
+    """Statistics of a single value say nothing: torch's error, in torch's words."""
     if count == 1:
         raise ValueError(
             f"x: Expected more than 1 {what} when training, got input size {list(x.shape)}"
@@ -310,8 +306,8 @@ def group_norm(
         raise ValueError(
             f"num_groups: expected a positive divisor of the {channels} channels, got {num_groups}"
         )
-    per_channel("weight", weight, x)
-    per_channel("bias", bias, x)
+    check_channels("weight", weight, x)
+    check_channels("bias", bias, x)
     eps = _check.number("eps", eps, low=0.0)
     code = activation_code(activation)
     # torch's rule, to the letter: N C / groups counts as the values, whatever N.

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from .. import _check
+from ._statistics import positions
 from .batch_norm import running_pair, stored_statistics, update_running
-from .group_norm import empty_norm, grouped_norm, more_than_one, per_channel, positions
+from .group_norm import check_channels, empty_norm, grouped_norm, more_than_one
 
 
 def instance_norm(
@@ -41,8 +42,8 @@ def instance_norm(
     Stylization", 2016.
     """
     _check.tensor("x", x, min_dim=2)
-    per_channel("weight", weight, x)
-    per_channel("bias", bias, x)
+    check_channels("weight", weight, x)
+    check_channels("bias", bias, x)
     eps = _check.number("eps", eps, low=0.0)
     momentum = _check.number("momentum", momentum)
     running_pair(running_mean, running_var, x, required=not use_input_stats)

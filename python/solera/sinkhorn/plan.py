@@ -38,6 +38,7 @@ def kernel_matrix(cost: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
 
 
 def plan_reference(cost, a, b, f, g, x, y, epsilon):
+    """e (b x + a y), e the plan's density: what `sinkhorn_plan` computes."""
     e = kernel_matrix(cost, f, g, epsilon)
     out = e * b.unsqueeze(-2) * x.unsqueeze(-1)
     return out if y is None else out + e * a.unsqueeze(-1) * y.unsqueeze(-2)

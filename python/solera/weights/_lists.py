@@ -16,6 +16,7 @@ _FLOATS = frozenset(FLOATS)
 
 
 def plain(value: Any) -> bool:
+    """A Tensor or Parameter itself, no subclass with ideas of its own."""
     return type(value) in _PLAIN
 
 
@@ -84,6 +85,7 @@ def entries(name: str, value: Any, kind: str) -> dict[Key, Tensor]:
 
 
 def kind_of(name: str, value: Any) -> str:
+    """What the user handed over: a tensor, a state dict or a list."""
     if isinstance(value, Tensor):
         return "tensor"
     if isinstance(value, Mapping):
@@ -96,6 +98,7 @@ def kind_of(name: str, value: Any) -> str:
 
 
 def spelled(name: str, kind: str, key: Key) -> str:
+    """How an error names one tensor of a list or state dict."""
     return name if kind == "tensor" else f"{name}[{key!r}]"
 
 
@@ -132,6 +135,7 @@ def match(name: str, t: Any, like_name: str, like: Tensor) -> None:
 
 
 def refuse_expanded(name: str, t: Tensor) -> None:
+    """t can be written element by element."""
     if not t.is_contiguous() and any(n > 1 and s == 0 for n, s in zip(t.shape, t.stride())):
         raise ValueError(
             f"{name}: expanded (several elements share one place in memory), cannot be written"
