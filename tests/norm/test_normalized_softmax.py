@@ -1,4 +1,4 @@
-"""normalized_softmax_cross_entropy against the plain composition in float64, its margins, and core row_dots."""
+"""normalized_softmax_cross_entropy against the plain composition in float64, and its margins."""
 
 import copy
 import math
@@ -19,9 +19,6 @@ from solera.norm import (
     normalized_softmax_cross_entropy,
 )
 from solera.norm import normalized_softmax as core
-from solera.norm import row_dots as dots
-
-ops = torch.ops.solera
 
 
 @pytest.fixture(autouse=True)
@@ -234,53 +231,6 @@ def test_module():
     want = normalized_softmax_cross_entropy(x, weight, y, scale=8.0, margin=arcface(0.4))
     for m in (module, copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         torch.testing.assert_close(m.to(DEVICE)(x, y), want)
-
-
-# ---- core row_dots ------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("indexed", [False, True])
-@pytest.mark.parametrize(
-    "kinds", [(d, d) for d in DTYPES] + [(torch.float32, torch.bfloat16)], ids=str
-)
-def test_row_dots_and_combine(kinds, indexed):
-    for width in (1, 7, 100, 2100):
-        x, y = randn(5, width, dtype=kinds[0]), randn(5, width, dtype=kinds[1])
-        index = torch.tensor([3, -1, 0, 0, 4], device=DEVICE) if indexed else None
-        beside = y.double() if index is None else y.double()[index] * (index >= 0)[:, None]
-        got = ops.row_dots(x, y, index)
-        v = x.double()
-        want = ((v * v).sum(1), (v * beside).sum(1), (beside * beside).sum(1))
-        tolerance = 1e-12 if kinds[0] == torch.float64 else 1e-4
-        for a, b in zip(got, want):
-            torch.testing.assert_close(a.double(), b, rtol=tolerance, atol=tolerance)
-        a, b = randn(5, dtype=got[0].dtype), randn(5, dtype=got[0].dtype)
-        out = ops.row_combine(x, y, index, a, b)
-        exact = a.double()[:, None] * v + b.double()[:, None] * beside
-        assert relative_error(out, exact) <= {torch.float64: 1e-14, torch.float32: 1e-6}.get(
-            kinds[0], 8e-3
-        )
-        ops.row_combine_(x, y, index, a, b)
-        assert torch.equal(x, out)
-
-
-def test_row_dots_contract():
-    base, y = randn(6, 5), randn(4, 6)
-    index = torch.tensor([0, 3, -1, 2, 2], device=DEVICE)
-    for x in (base.t(), base[:, :1].t().expand(5, 6)):
-        torch.library.opcheck(ops.row_dots.default, (x, y, index))
-        torch.library.opcheck(ops.row_combine.default, (x, y, index, randn(5), randn(1).expand(5)))
-        torch.library.opcheck(ops.row_combine_.default, (x.clone(), y, index, randn(5), randn(5)))
-    x = randn(3, 4, dtype=torch.float64, grad=True)
-    z, rows = randn(2, 4, dtype=torch.float64), torch.tensor([1, 0, 1], device=DEVICE)
-    assert torch.autograd.gradcheck(lambda x: dots.row_dots(x, z, rows), x)
-    assert torch.autograd.gradgradcheck(lambda x: dots.row_dots(x, z, rows), x)
-    assert all(
-        t.numel() == 0
-        for t in ops.row_dots(
-            randn(0, 3), randn(2, 3), torch.zeros(0, dtype=torch.int64, device=DEVICE)
-        )
-    )
 
 
 # ---- bad input ----------------------------------------------------------------------------------------

@@ -27,26 +27,49 @@ struct RowDotsTable {
 namespace SOLERA_ISA {
 namespace {
 
+// The three dots in one reading of both rows; two accumulators each hide the latency of the add.
+template <class T, class U>
+SOLERA_INLINE void three_dots(int64_t D, const T* x, const U* y, A<T>& xx, A<T>& xy, A<T>& yy) {
+  constexpr int L = kLanes<T>;
+  AccVec<T> a[2]{}, b[2]{}, c[2]{};
+  const auto add = [&](int64_t j, int n, int k) {
+    const AccVec<T> v = get(x + j, n), w = get(y + j, n);
+    a[k] += v * v;
+    b[k] += v * w;
+    c[k] += w * w;
+  };
+  int64_t j = 0;
+  for (; j + 2 * L <= D; j += 2 * L) {
+    add(j, L, 0);
+    add(j + L, L, 1);
+  }
+  if (j + L <= D) {
+    add(j, L, 0);
+    j += L;
+  }
+  if (j < D) add(j, int(D - j), 1);
+  xx = lane_sum(a[0] + a[1]);
+  xy = lane_sum(b[0] + b[1]);
+  yy = lane_sum(c[0] + c[1]);
+}
+
 template <class T, class U>
 void dots(const RowDots& p, int64_t begin, int64_t end) {
   const int64_t D = p.columns;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = (const T*)p.x + row * D;
     const int64_t other = p.index ? p.index[row] : row;
-    const A<T> xx = row_sum<T>(D, [&](int64_t j, int n) {
-      const AccVec<T> v = get(x + j, n);
-      return v * v;
-    });
-    A<T> xy = 0, yy = 0;
-    if (other >= p.others) {
-      xy = yy = A<T>(__builtin_nan(""));
-    } else if (other >= 0) {
-      const U* y = (const U*)p.y + other * D;
-      xy = row_sum<T>(D, [&](int64_t j, int n) { return get(x + j, n) * get(y + j, n); });
-      yy = row_sum<T>(D, [&](int64_t j, int n) {
-        const AccVec<T> v = get(y + j, n);
+    const bool beside = other >= 0 && other < p.others;
+    A<T> xx, xy = 0, yy = 0;
+    if (beside && (p.index || p.x != p.y)) {
+      three_dots(D, x, (const U*)p.y + other * D, xx, xy, yy);
+    } else {
+      xx = row_sum<T>(D, [&](int64_t j, int n) {
+        const AccVec<T> v = get(x + j, n);
         return v * v;
       });
+      if (beside) xy = yy = xx;  // each row beside itself
+      if (other >= p.others) xy = yy = A<T>(__builtin_nan(""));
     }
     ((A<T>*)p.xx)[row] = xx;
     ((A<T>*)p.xy)[row] = xy;
