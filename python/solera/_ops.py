@@ -121,6 +121,32 @@ op(
 )
 
 
+# x, dy (A, M, K) as in norm.channel_norm, with A = N C, K = 1 or A = N, K = C; mean, var (N, C); ms, vs (N + 1, C).
+
+
+@op(
+    "norm.online_norm",
+    "online_norm(Tensor x, Tensor? weight, Tensor? bias, Tensor m, Tensor v, float alpha, float eps)"
+    " -> (Tensor y, Tensor mean, Tensor var, Tensor ms, Tensor vs)",
+)
+def _(x, weight, bias, m, v, alpha, eps):
+    acc, c = _registry.accumulate_type(x), m.shape[0]
+    n = x.shape[0] * x.shape[2] // c
+    y = x.new_empty(x.shape)
+    return y, *(x.new_empty((rows, c), dtype=acc) for rows in (n, n, n + 1, n + 1))
+
+
+@op(
+    "norm.online_norm",
+    "online_norm_backward(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor var, Tensor ms,"
+    " Tensor vs, Tensor u, Tensor w, float alpha, float eps, bool need_x)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor u_after, Tensor w_after)",
+)
+def _(dy, x, weight, mean, var, ms, vs, u, w, alpha, eps, need_x):
+    each = (mean.new_empty(u.shape) for _ in range(4))
+    return x.new_empty(x.shape if need_x else (0,)), *each
+
+
 # ---- norm.gated_norm ---------------------------------------------------------------------------------
 
 # x, gate, y (..., D); rstd (..., groups), which divide D; activation as in solera._activation.

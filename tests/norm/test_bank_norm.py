@@ -272,18 +272,24 @@ def test_any_shape_and_stride(rows, columns, queries, k, dtype, scale, swap, dyn
         assert_accurate(out, exact, want)
 
 
-def test_same_bits_for_any_thread_count():
+@pytest.mark.parametrize("width", [16, 1100])
+def test_same_bits_for_any_thread_count(width):
     n = 40 if INTERPRETED else 700
-    q, b, g = randn(20, 16), randn(n, 16, grad=True), randn(n, 16, grad=True)
+    q, b, g = randn(20, width), randn(n, width, grad=True), randn(n, width, grad=True)
+    b, g = ((t / width).detach().requires_grad_() for t in (b, g))
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            out = querybank_norm_embed(q, b, g, dynamic=True)
             dl = torch.autograd.grad(column_lse(b, g).sum(), (b, g))
             with torch.no_grad():
                 scores = querybank_norm_embed(q, b, g, dynamic=True)
-                results.append((scores, *ops.bank_columns(out.detach(), 2.0, 3), *dl))
+                results.append((scores, *ops.bank_columns(scores, 2.0, 3), *dl))
+            if (
+                width < 512
+            ):  # with a gradient the product is torch.mm, whose long sums follow the threads
+                out = querybank_norm_embed(q, b, g, dynamic=True)
+                results[-1] = (*results[-1], out.detach())
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:

@@ -206,7 +206,9 @@ def test_large_mean_keeps_eager_accuracy(kind, last):
         (today, *gradients(today, eager[:2], g)),
     )
     for value, exactly, now in results:
-        if INTERPRETED:  # GPU kernels merge their tiles' means in float32, eager torch and C++ in double
+        if (
+            INTERPRETED
+        ):  # GPU kernels merge their tiles' means in float32, eager torch and C++ in double
             assert relative_error(value, exactly) <= 4 * relative_error(now, exactly)
         else:
             assert_accurate(value, exactly, now)

@@ -215,13 +215,14 @@ def test_gradients_asked_for_alone(needs):
     assert torch.equal(again.u, state.u)
 
 
-def test_backends_agree():
+@pytest.mark.parametrize("layer", [False, True])
+def test_backends_agree(layer):
     (x, weight, bias), state = make((7, 4, 3, 3))
     g = randn(7, 4, 3, 3)
     again = OnlineNormState(*(t.clone() for t in state))
-    mine = results(x, weight, bias, state, g, layer_scaling=True)
+    mine = results(x, weight, bias, state, g, layer_scaling=layer)
     with solera.backend("reference"):
-        plain = results(x, weight, bias, again, g, layer_scaling=True)
+        plain = results(x, weight, bias, again, g, layer_scaling=layer)
     for a, b in zip(mine, plain):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=1e-5)
 
@@ -236,6 +237,36 @@ def test_opcheck():
         torch.library.opcheck(ops.online_scan_backward.default, (*row, u, w, 0.9))
         arguments = (transposed, expanded, *row[2:], u, w, 0.9)
         torch.library.opcheck(ops.online_scan_backward.default, arguments)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["rows", "channels-last"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_whole_op(dtype, last):
+    """Op `online_norm` beside its reference and under opcheck: both layouts, strided and expanded operands."""
+    from solera.norm.online_norm import online_norm_backward_reference, online_norm_reference
+
+    n, c, size = 5, 9, 37
+    shape = (n, size, c) if last else (n * c, size, 1)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    x, dy = randn(*shape, dtype=dtype), randn(*shape, dtype=dtype)
+    weight, bias, u, w = (randn(c, dtype=acc) for _ in range(4))
+    v = randn(c, dtype=acc).abs() + 0.5
+    given = (x, weight, bias, u, v, 0.95, 1e-4)
+    found, wanted = ops.online_norm(*given), online_norm_reference(*given)
+    kept = wanted[1:]
+    back = (dy, x, weight, *kept, u, w, 0.9, 1e-4, True)
+    found += ops.online_norm_backward(*back)
+    wanted += online_norm_backward_reference(*back)
+    for i, (a, b) in enumerate(zip(found, wanted)):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.is_contiguous()
+        few = 2 * ULP[dtype] if i in (0, 5) else 1e-5 if acc == torch.float32 else 1e-13
+        assert relative_error(a, b) < few, i
+    strided = randn(*reversed(shape), dtype=dtype).permute(2, 1, 0)
+    expanded = randn(1, 1, 1, dtype=dtype).expand(shape)
+    torch.library.opcheck(ops.online_norm.default, (strided, None, bias, u, v, 0.95, 1e-4))
+    for need in (True, False):
+        arguments = (expanded, strided, None, *kept, u, w, 0.9, 1e-4, need)
+        torch.library.opcheck(ops.online_norm_backward.default, arguments)
 
 
 @settings(max_examples=6 if INTERPRETED else 40)
@@ -268,16 +299,22 @@ def test_long_scans_are_exact():
 
 
 @pytest.mark.no_interpreter
-def test_same_bits_for_any_thread_count():
-    (x, weight, bias), state = make((16, 33, 9, 9))
-    g = randn(16, 33, 9, 9)
+@pytest.mark.parametrize(
+    "shape, layer",
+    # Six channels are enough for one thread to take them apart, and too few for two; long rows in slabs.
+    [((16, 33, 9, 9), True), ((16, 33, 9, 9), False), ((5, 6, 11), False), ((2, 6, 20000), False)],
+    ids=str,
+)
+def test_same_bits_for_any_thread_count(shape, layer):
+    (x, weight, bias), state = make(shape)
+    g = randn(*shape)
     found = []
     before = torch.get_num_threads()
     try:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             mine = OnlineNormState(*(t.clone() for t in state))
-            found.append(results(x, weight, bias, mine, g, layer_scaling=True))
+            found.append(results(x, weight, bias, mine, g, layer_scaling=layer))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(*found))
@@ -366,10 +403,15 @@ def test_autocast_keeps_the_input_dtype():
 
 
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+    "backend, ecm",
+    [
+        ("aot_eager", "ls"),
+        ("aot_eager", "none"),
+        pytest.param("inductor", "none", marks=pytest.mark.inductor),
+    ],
 )
-def test_compile(backend):
-    layer = OnlineNorm2d(4, ecm="ls").to(DEVICE)
+def test_compile(backend, ecm):
+    layer = OnlineNorm2d(4, ecm=ecm).to(DEVICE)
     clone = copy.deepcopy(layer)
     compiled = torch.compile(clone, fullgraph=True, dynamic=True, backend=backend)
     for size in (5, 7):

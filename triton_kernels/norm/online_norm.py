@@ -1,5 +1,7 @@
 """GPU kernels of core `online_norm`: the two scans over samples; the formulas are in solera/norm/online_norm.py.
 
+The norm itself is those and the passes of `channel_norm`, put together there (`forward_by_passes`).
+
 Both recurrences are linear, state <- a state + b, so a tile of samples is one associative scan in float64 and only
 the tiles follow one another. A program owns C channels; the numbers are (N, C), nothing beside the passes
 over x, whose kernels are `channel_norm`'s.
@@ -15,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 
+from ...norm.online_norm import backward_by_passes, forward_by_passes
 from .._launch import on_device_of
+from .channel_norm import channel_affine, channel_gradient, channel_moments, channel_reduce
 
 SAMPLES = 64  # of one associative scan
 CHANNELS = 16  # of a program
@@ -146,6 +150,26 @@ def online_scan(mean, var, m, v, alpha):
 
 def online_scan_backward(g, gy, y, yy, rstd, u, w, alpha):
     return _launch(online_scan_backward_kernel, (g, gy, y, yy, rstd), (u, w), alpha)
+
+
+class _Launchers:
+    """What `forward_by_passes` calls."""
+
+    channel_moments = staticmethod(channel_moments)
+    channel_affine = staticmethod(channel_affine)
+    channel_reduce = staticmethod(channel_reduce)
+    channel_gradient = staticmethod(channel_gradient)
+    online_scan = staticmethod(online_scan)
+    online_scan_backward = staticmethod(online_scan_backward)
+
+
+def online_norm(x, weight, bias, m, v, alpha, eps):
+    return forward_by_passes(_Launchers, x, weight, bias, m, v, alpha, eps)
+
+
+def online_norm_backward(dy, x, weight, mean, var, ms, vs, u, w, alpha, eps, need_x):
+    kept = (mean, var, ms, vs, u, w)
+    return backward_by_passes(_Launchers, dy, x, weight, None, *kept, alpha, eps, need_x)
 
 
 # ---- ahead-of-time compilation -----------------------------------------------------------------------

@@ -92,7 +92,7 @@ SOLERA_INLINE void affine_columns(const ChannelWork& w, const Piece& i) {
     strips<kLanes<T>>(i.columns, [&](int64_t k, int n) {
       AccVec<T> z = (take(x + k, n) - take(c + k, n)) * take(s + k, n) + take(t + k, n);
       if (kResidual) z += take(residual + k, n);
-      give(y + k, act(z, kAct), n, streaming);
+      give(y + k, act<T>(z, kAct), n, streaming);
     });
   }
   for (int64_t m = i.valid; m < i.rows; ++m)
@@ -124,7 +124,7 @@ SOLERA_INLINE void reduce_columns(const ChannelWork& w, const Piece& i) {
           if (kAct != kNone) {
             AccVec<T> z = d * s[v] + t[v];
             if (kResidual) z += take(residual + at, n);
-            g = act_slope(g, z, kAct);
+            g = act_slope<A<T>>(g, z, kAct);
           }
           sum[v] += g;
           sum[kW + v] += g * d;
@@ -164,7 +164,7 @@ SOLERA_INLINE void gradient_columns(const ChannelWork& w, const Piece& i) {
           if (kAct != kNone) {
             AccVec<T> z = d * scale + take(t + k, n);
             if (kResidual) z += take(residual + k, n);
-            g = act_slope(g, z, kAct);
+            g = act_slope<T>(g, z, kAct);
           }
           if (has_dx.value)
             give(to_x + k, g * scale + (d * take(p + k, n) + take(q + k, n)), n, streaming);

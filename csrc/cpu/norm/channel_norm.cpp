@@ -31,17 +31,18 @@ SOLERA_INLINE void moments_row(const ChannelWork& w, const Piece& i) {
   A<T> mean = total(i.valid, x);
   if (i.valid > 0 || w.finished) mean /= count;
   AccVec<T> sum[2] = {}, squares[2] = {};
-  const auto add = [&](int64_t j, int n, int v) {
-    const AccVec<T> d = only<T>(take(x + j, n) - mean, n);
-    sum[v] += d;
-    squares[v] += d * d;
+  const auto add = [&](AccVec<T> v, int n, int to) {
+    const AccVec<T> d = only<T>(v - mean, n);
+    sum[to] += d;
+    squares[to] += d * d;
   };
   int64_t j = 0;
   for (; j + 2 * L <= i.valid; j += 2 * L) {
-    add(j, L, 0);
-    add(j + L, L, 1);
+    const Two<T> two = take_two(x + j);
+    add(two.one, L, 0);
+    add(two.other, L, 1);
   }
-  strips<L>(i.valid - j, [&](int64_t k, int n) { add(j + k, n, 0); });
+  strips<L>(i.valid - j, [&](int64_t k, int n) { add(take(x + j + k, n), n, 0); });
   A<T> square = lane_sum(squares[0] + squares[1]);
   if (i.valid > 0) correct(mean, square, lane_sum(sum[0] + sum[1]), count);
   ((A<T>*)w.first)[i.part] = mean;
@@ -55,11 +56,23 @@ SOLERA_INLINE void affine_row(const ChannelWork& w, const Piece& i) {
   T* y = (T*)w.first + i.data;
   const A<T> c = ((const A<T>*)w.center)[i.stats], s = ((const A<T>*)w.scale)[i.stats];
   const A<T> t = ((const A<T>*)w.shift)[i.stats];
-  const bool streaming = w.streaming && can_stream(y);
-  strips<kLanes<T>>(i.valid, [&](int64_t j, int n) {
-    AccVec<T> z = (take(x + j, n) - c) * s + t;
-    if (kResidual) z += take(residual + j, n);
-    give(y + j, act(z, kAct), n, streaming);
+  const bool streaming = w.streaming && can_stream_two(y);
+  constexpr int L = kLanes<T>;
+  const auto map = [&](AccVec<T> v, AccVec<T> add) {
+    AccVec<T> z = (v - c) * s + t;
+    if (kResidual) z += add;
+    return act<T>(z, kAct);
+  };
+  int64_t j = 0;
+  for (; j + 2 * L <= i.valid; j += 2 * L) {
+    ask_two(x + j + w.ahead);
+    if (kResidual) ask_two(residual + j + w.ahead);
+    const Two<T> v = take_two(x + j), r = kResidual ? take_two(residual + j) : Two<T>{};
+    give_two(y + j, Two<T>{map(v.one, r.one), map(v.other, r.other)}, streaming);
+  }
+  strips<L>(i.valid - j, [&](int64_t k, int n) {
+    const AccVec<T> r = kResidual ? take(residual + j + k, n) : AccVec<T>{};
+    give(y + j + k, map(take(x + j + k, n), r), n, streaming);
   });
   if (i.valid < i.rows) memset((void*)(y + i.valid), 0, size_t(i.rows - i.valid) * sizeof(T));
 }
@@ -73,23 +86,29 @@ SOLERA_INLINE void reduce_row(const ChannelWork& w, const Piece& i) {
   const A<T> c = ((const A<T>*)w.center)[i.stats], s = ((const A<T>*)w.scale)[i.stats];
   const A<T> t = ((const A<T>*)w.shift)[i.stats];
   AccVec<T> g0{}, g1{}, d0{}, d1{};
-  auto add = [&](int64_t j, int n, AccVec<T>& sum_g, AccVec<T>& sum_gd) {
-    const AccVec<T> d = take(x + j, n) - c;
-    AccVec<T> g = take(dy + j, n);
+  const auto add = [&](AccVec<T> v, AccVec<T> g, AccVec<T> r, int n, AccVec<T>& sum_g,
+                       AccVec<T>& sum_gd) {
+    const AccVec<T> d = v - c;
     if (kAct != kNone) {
       AccVec<T> z = d * s + t;
-      if (kResidual) z += take(residual + j, n);
-      g = only<T>(act_slope(g, z, kAct), n);
+      if (kResidual) z += r;
+      g = only<T>(act_slope<A<T>>(g, z, kAct), n);
     }
     sum_g += g;
     sum_gd += g * only<T>(d, n);
   };
+  constexpr bool kRead = kResidual && kAct != kNone;
   int64_t j = 0;
   for (; j + 2 * L <= i.valid; j += 2 * L) {
-    add(j, L, g0, d0);
-    add(j + L, L, g1, d1);
+    const Two<T> v = take_two(x + j), g = take_two(dy + j);
+    const Two<T> r = kRead ? take_two(residual + j) : Two<T>{};
+    add(v.one, g.one, r.one, L, g0, d0);
+    add(v.other, g.other, r.other, L, g1, d1);
   }
-  strips<L>(i.valid - j, [&](int64_t k, int n) { add(j + k, n, g0, d0); });
+  strips<L>(i.valid - j, [&](int64_t k, int n) {
+    const AccVec<T> r = kRead ? take(residual + j + k, n) : AccVec<T>{};
+    add(take(x + j + k, n), take(dy + j + k, n), r, n, g0, d0);
+  });
   ((A<T>*)w.first)[i.part] = lane_sum(g0 + g1);
   ((A<T>*)w.second)[i.part] = lane_sum(d0 + d1);
 }
@@ -104,19 +123,38 @@ SOLERA_INLINE void gradient_row(const ChannelWork& w, const Piece& i) {
   const A<T> p = ((const A<T>*)w.p)[i.stats], q = ((const A<T>*)w.q)[i.stats];
   T* dx = w.first ? (T*)w.first + i.data : nullptr;
   T* dresidual = w.second ? (T*)w.second + i.data : nullptr;
-  const bool streaming = w.streaming && can_stream(dx) && can_stream(dresidual);
+  const bool streaming = w.streaming && can_stream_two(dx) && can_stream_two(dresidual);
+  constexpr int L = kLanes<T>;
+  constexpr bool kRead = kResidual && kAct != kNone;
   with_flag(dx != nullptr, [&](auto has_dx) {
     with_flag(dresidual != nullptr, [&](auto has_dresidual) {
-      strips<kLanes<T>>(i.valid, [&](int64_t j, int n) {
-        AccVec<T> g = take(dy + j, n);
-        const AccVec<T> d = take(x + j, n) - c;
+      // g becomes dresidual; the result is dx.
+      const auto map = [&](AccVec<T> v, AccVec<T>& g, AccVec<T> r) {
+        const AccVec<T> d = v - c;
         if (kAct != kNone) {
           AccVec<T> z = d * s + t;
-          if (kResidual) z += take(residual + j, n);
-          g = act_slope(g, z, kAct);
+          if (kResidual) z += r;
+          g = act_slope<T>(g, z, kAct);
         }
-        if (has_dx.value) give(dx + j, g * s + (d * p + q), n, streaming);
-        if (has_dresidual.value) give(dresidual + j, g, n, streaming);
+        return g * s + (d * p + q);
+      };
+      int64_t j = 0;
+      for (; j + 2 * L <= i.valid; j += 2 * L) {
+        ask_two(x + j + w.ahead);
+        ask_two(dy + j + w.ahead);
+        if (kRead) ask_two(residual + j + w.ahead);
+        const Two<T> v = take_two(x + j), r = kRead ? take_two(residual + j) : Two<T>{};
+        Two<T> g = take_two(dy + j);
+        const Two<T> to{map(v.one, g.one, r.one), map(v.other, g.other, r.other)};
+        if (has_dx.value) give_two(dx + j, to, streaming);
+        if (has_dresidual.value) give_two(dresidual + j, g, streaming);
+      }
+      strips<L>(i.valid - j, [&](int64_t k, int n) {
+        AccVec<T> g = take(dy + j + k, n);
+        const AccVec<T> r = kRead ? take(residual + j + k, n) : AccVec<T>{};
+        const AccVec<T> to = map(take(x + j + k, n), g, r);
+        if (has_dx.value) give(dx + j + k, to, n, streaming);
+        if (has_dresidual.value) give(dresidual + j + k, g, n, streaming);
       });
     });
   });

@@ -16,6 +16,7 @@ struct ChannelWork {
   int activation;
   bool streaming;
   bool finished;  // moments: the variance, not the sum of squares (only if there is one slab)
+  int64_t ahead;  // elements: affine and gradient of rows ask for the operands so much further on
 };
 // Each pass runs over pieces [begin, end), numbered (a, slab, chunk) with the chunk fastest.
 struct ChannelTable {
@@ -43,7 +44,9 @@ SOLERA_PICK(ChannelTable, channel_norm_table)
 // Outputs past this size do not fit the caches beside their inputs, and are stored past them.
 constexpr int64_t kChannelStreamBytes = int64_t(16) << 20;
 constexpr int64_t kSlabBytes = int64_t(64) << 10;  // of one slab, which is read twice
-constexpr int64_t kSlabRows = 64;                  // at least: partial sums are 2 in so many
+constexpr int64_t kAheadBytes = int64_t(384)
+                                << 10;  // most that is asked for ahead of its use in L2
+constexpr int64_t kSlabRows = 64;       // at least: partial sums are 2 in so many
 constexpr int64_t kChunkColumns = 1024;
 
 // A call on x seen as (A, M, K): checked operands, and the cut into pieces.
@@ -95,6 +98,11 @@ struct ChannelCall {
   void activation(int64_t code) {
     STD_TORCH_CHECK(code >= 0 && code <= 4, "solera: unknown activation");
     w.activation = int(code);
+  }
+  // Elements to the next unit of work, if a unit's operands fit L2 beside those of the last.
+  int64_t ahead_of(int64_t elements, int64_t unit, int streams) const {
+    const int64_t bytes = unit * int64_t(x.element_size()) * (streams + (w.residual ? 1 : 0));
+    return w.inner == 1 && bytes <= kAheadBytes ? elements : 0;
   }
   Tensor new_stats(int64_t slabs = 1) const {
     const int64_t size[] = {outer, slabs, w.inner}, flat[] = {outer, w.inner};

@@ -15,8 +15,7 @@
 // Bytes an element: forward reads x, writes y; the sums read dy and x; the gradient reads dy and x,
 // writes dx. With the moments' own pass over x that is 8 elements of traffic. A set's sums are
 // taken in chunks of fixed size, added up in order in double: same bits for any number of threads.
-#include "../exponential.h"
-#include "../strips.h"
+#include "channel_pieces.h"
 
 namespace solera {
 
@@ -70,12 +69,6 @@ SOLERA_INLINE EvoCoefficients<T> coefficients(const EvoNorm& s, int64_t at, int 
   return c;
 }
 
-template <class V>
-SOLERA_INLINE V sigmoid(V z) {
-  return 1 / (1 + fast_exp2(z * -1.44269504088896340736f));
-}
-SOLERA_INLINE vd sigmoid(vd z) { return 1 / (1 + fast_exp2(z * -1.44269504088896340736)); }
-
 template <class T, bool kB>
 SOLERA_INLINE AccVec<T> value(AccVec<T> x, const EvoCoefficients<T>& c) {
   AccVec<T> z = c.slope * x, u;
@@ -83,7 +76,7 @@ SOLERA_INLINE AccVec<T> value(AccVec<T> x, const EvoCoefficients<T>& c) {
     z += c.offset;
     u = x / (c.left >= z ? c.left : z);
   } else {
-    u = x * sigmoid(z);
+    u = x * sigmoid_of<T>(z);
   }
   return u * c.scale + c.shift;
 }
@@ -106,7 +99,7 @@ SOLERA_INLINE EvoFlow<T> flow(AccVec<T> g, AccVec<T> x, const EvoCoefficients<T>
     f.of_slope = f.of_offset * x;
     f.dx = w * r + c.slope * f.of_offset;
   } else {
-    const V s = sigmoid(z), rest = 1 - s;
+    const V s = sigmoid_of<T>(z), rest = 1 - s;
     f.u = x * s;
     f.of_slope = w * x * f.u * rest;
     f.dx = w * s * (1 + z * rest);
@@ -115,16 +108,19 @@ SOLERA_INLINE EvoFlow<T> flow(AccVec<T> g, AccVec<T> x, const EvoCoefficients<T>
 }
 
 // Calls body(element offset, coefficients, count) over chunk `item`, rows of K columns or (K = 1) M
-// positions; in blocks of 8 rows, so that a strip's coefficients are loaded once for eight.
-template <class T, class F>
-SOLERA_INLINE void over_chunk(const EvoNorm& s, int64_t item, const F& body) {
+// positions; in blocks of 8 rows, so that a strip's coefficients are loaded once for eight. Where K
+// is 1, pair(element offset, coefficients) takes two vectors at a time first.
+template <class T, class F, class G>
+SOLERA_INLINE void over_chunk(const EvoNorm& s, int64_t item, const F& body, const G& pair) {
   constexpr int L = kLanes<T>;
   const int64_t a = item / s.chunks, first = (item % s.chunks) * s.chunk;
   const int64_t end = first + s.chunk < s.M ? first + s.chunk : s.M;
   if (s.K == 1) {
     const EvoCoefficients<T> c = coefficients<T>(s, a, L, true);
-    const int64_t base = a * s.M + first;
-    strips<L>(end - first, [&](int64_t j, int n) { body(base + j, c, n); });
+    const int64_t base = a * s.M;
+    int64_t j = first;
+    for (; j + 2 * L <= end; j += 2 * L) pair(base + j, c);
+    strips<L>(end - j, [&](int64_t k, int n) { body(base + j + k, c, n); });
     return;
   }
   for (int64_t m = first; m < end; m += 8) {
@@ -141,9 +137,16 @@ void forward_of(const EvoNorm& s, int64_t begin, int64_t end) {
   const T* x = (const T*)s.x;
   T* y = (T*)s.out;
   for (int64_t item = begin; item < end; ++item)
-    over_chunk<T>(s, item, [&](int64_t i, const EvoCoefficients<T>& c, int n) {
-      put(y + i, value<T, kB>(get(x + i, n), c), n, s.streaming && can_stream(y + i));
-    });
+    over_chunk<T>(
+        s, item,
+        [&](int64_t i, const EvoCoefficients<T>& c, int n) {
+          put(y + i, value<T, kB>(get(x + i, n), c), n, s.streaming && can_stream(y + i));
+        },
+        [&](int64_t i, const EvoCoefficients<T>& c) {
+          const Two<T> v = take_two(x + i);
+          give_two(y + i, Two<T>{value<T, kB>(v.one, c), value<T, kB>(v.other, c)},
+                   s.streaming && can_stream_two(y + i));
+        });
   if (s.streaming) stream_fence();
 }
 
@@ -151,12 +154,20 @@ template <class T, bool kB>
 void gradient_of(const EvoNorm& s, int64_t begin, int64_t end) {
   const T *x = (const T*)s.x, *dy = (const T*)s.dy;
   T* dx = (T*)s.out;
+  const auto map = [](AccVec<T> g, AccVec<T> v, const EvoCoefficients<T>& c) {
+    return flow<T, kB>(g, v, c).dx + (c.p * (v - c.mean) + c.q);
+  };
   for (int64_t item = begin; item < end; ++item)
-    over_chunk<T>(s, item, [&](int64_t i, const EvoCoefficients<T>& c, int n) {
-      const AccVec<T> v = get(x + i, n);
-      const AccVec<T> direct = flow<T, kB>(get(dy + i, n), v, c).dx;
-      put(dx + i, direct + c.p * (v - c.mean) + c.q, n, s.streaming && can_stream(dx + i));
-    });
+    over_chunk<T>(
+        s, item,
+        [&](int64_t i, const EvoCoefficients<T>& c, int n) {
+          put(dx + i, map(get(dy + i, n), get(x + i, n), c), n, s.streaming && can_stream(dx + i));
+        },
+        [&](int64_t i, const EvoCoefficients<T>& c) {
+          const Two<T> g = take_two(dy + i), v = take_two(x + i);
+          give_two(dx + i, Two<T>{map(g.one, v.one, c), map(g.other, v.other, c)},
+                   s.streaming && can_stream_two(dx + i));
+        });
   if (s.streaming) stream_fence();
 }
 
@@ -192,17 +203,18 @@ void reduce_of(const EvoNorm& s, int64_t begin, int64_t end) {
     const int64_t stop = first + s.chunk < s.M ? first + s.chunk : s.M;
     A<T>* out = (A<T>*)s.partial + item * kSums * s.K;
     if (s.K == 1) {
-      const EvoCoefficients<T> c = coefficients<T>(s, a, L, true);
-      EvoSums<T, kB> even, odd;
+      const EvoCoefficients<A<T>> c = coefficients<A<T>>(s, a, L, true);
+      EvoSums<A<T>, kB> even, odd;
       const int64_t base = a * s.M;
       int64_t j = first;
       for (; j + 2 * L <= stop; j += 2 * L) {
-        even.add(load(dy + base + j), load(x + base + j), c);
-        odd.add(load(dy + base + j + L), load(x + base + j + L), c);
+        const Two<T> g = take_two(dy + base + j), v = take_two(x + base + j);
+        even.add(g.one, v.one, c);
+        odd.add(g.other, v.other, c);
       }
       strips<L>(stop - j, [&](int64_t k, int n) {
         const int64_t i = base + j + k;
-        EvoSums<T, kB> tail;
+        EvoSums<A<T>, kB> tail;
         tail.add(get(dy + i, n), get(x + i, n), c);
         even.merge(tail, n);
       });
@@ -219,8 +231,8 @@ void reduce_of(const EvoNorm& s, int64_t begin, int64_t end) {
     for (int64_t m = first; m < stop; m += 8) {
       const int64_t last = m + 8 < stop ? m + 8 : stop;
       strips<L>(s.K, [&](int64_t k, int n) {
-        const EvoCoefficients<T> c = coefficients<T>(s, a * s.K + k, n, false);
-        EvoSums<T, kB> sums;
+        const EvoCoefficients<A<T>> c = coefficients<A<T>>(s, a * s.K + k, n, false);
+        EvoSums<A<T>, kB> sums;
         for (int64_t i = m; i < last; ++i) {
           const int64_t at = (a * s.M + i) * s.K + k;
           sums.add(get(dy + at, n), get(x + at, n), c);

@@ -278,6 +278,8 @@ struct GroupCall : ChannelCall {
       const int64_t together = g.stride > 1 && bytes < 4096 ? (4096 + bytes - 1) / bytes : 1;
       const int64_t blocks = (units + together - 1) / together;
       const int64_t grain = grain_for(bytes * g.rows * streams * together);
+      const int64_t unit = g.rows * w.middle * together;
+      late.ahead = ahead_of(g.stride > 1 ? together * w.middle : unit, unit, streams - 1);
       parallel_for(0, blocks, grain, [&](int64_t begin, int64_t end) {
         for (int64_t block = begin; block < end; ++block) {
           const int64_t u = block * together, n = units - u < together ? units - u : together;

@@ -42,12 +42,20 @@ inline void multiply(void* out, int64_t out_step, const Matrix& a, const Matrix&
     return;
   }
   const int32_t code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(type));
-  const Handle c({out, a.rows, b.columns, out_step, 1}, code), l(a, code), r(b, code);
-  if (add) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(c.get(), c.get(), l.get(), r.get(), 1, 1));
-  } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(c.get(), l.get(), r.get()));
+  const Handle c({out, a.rows, b.columns, out_step, 1}, code);
+  // Longer sums than this MKL cuts where it likes, otherwise in a parallel region than outside one.
+  const int64_t most = type == ScalarType::Double ? 256 : 512;
+  for (int64_t k = 0; k < a.columns; k += most) {
+    const int64_t n = std::min(most, a.columns - k);
+    const auto from = [&](const Matrix& m, int64_t step) {
+      return static_cast<const char*>(m.data) + k * step * size;
+    };
+    const Handle l({from(a, a.column_step), a.rows, n, a.row_step, a.column_step}, code),
+        r({from(b, b.row_step), n, b.columns, b.row_step, b.column_step}, code);
+    const auto status = add || k > 0
+                            ? aoti_torch_cpu_addmm_out(c.get(), c.get(), l.get(), r.get(), 1, 1)
+                            : aoti_torch_cpu_mm_out(c.get(), l.get(), r.get());
+    STABLE_TORCH_ERROR_CODE_CHECK(status);
   }
 }
 

@@ -17,17 +17,19 @@ class _GradScale(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dy):
-        return dy * ctx.scale, None
+        scale = ctx.scale
+        return dy * (scale.to(dy.dtype) if isinstance(scale, Tensor) else scale), None
 
 
-def grad_scale(x: Tensor, scale: float) -> Tensor:
+def grad_scale(x: Tensor, scale: float | Tensor) -> Tensor:
     r"""The identity with a scaled gradient: $y = x$, $\mathrm{d}x = \mathrm{scale}\,\mathrm{d}y$.
 
     The form $a x + (1 - a)\,\mathrm{sg}(x)$ without its two products and its rounding: y has x's bits.
 
     Args:
         x: any floating-point tensor.
-        scale: a finite number; 0 stops the gradient, -1 reverses it.
+        scale: a finite number; 0 stops the gradient, -1 reverses it. Or a tensor that broadcasts against x, for a
+            factor known on the device only; it gets no gradient.
 
     Shapes: x (...) -> (...), a view of x.
 
@@ -38,7 +40,15 @@ def grad_scale(x: Tensor, scale: float) -> Tensor:
     the gradient reversal of Ganin et al., 2016.
     """
     _check.tensor("x", x)
-    scale = _check.number("scale", scale)
+    if isinstance(scale, Tensor):
+        scale = scale.detach()
+        if torch.broadcast_shapes(scale.shape, x.shape) != x.shape:
+            raise ValueError(
+                f"scale: expected a shape that broadcasts to x's {tuple(x.shape)}, got "
+                f"{tuple(scale.shape)}"
+            )
+    else:
+        scale = _check.number("scale", scale)
     if use_reference():
         still = x.detach()
         return still + scale * (x - still)

@@ -19,7 +19,8 @@ $$w_{n+1} = w_n (1 - k E[y_n^2]) + E[g_n y_n],\qquad
 
 so the state needs only the per-(n, c) means of g, g y, y and y^2, and a linear scan of (N, C) numbers; the last
 two means are known from forward's moments. What touches x is `channel_norm`'s: its moments and its affine pass
-forward, its reduction and its elementwise pass backward.
+forward, its reduction and its elementwise pass backward. A sample needs the state of those before it and
+nothing else, so op `online_norm` reads x once each way: a row's passes follow one another while it is in cache.
 
 Behind the normalisation, $z = y\,\mathrm{weight} + \mathrm{bias}$ and, with layer scaling,
 $\mathrm{out} = z\,r_n$, $r_n = (E_{c}[z_n^2] + \varepsilon_l)^{-1/2}$ over the whole sample. $E[z_n^2]$ comes
@@ -112,19 +113,6 @@ def online_scan_backward_reference(
     return torch.stack(us).to(g.dtype), torch.stack(ws).to(g.dtype)
 
 
-_plain: Any = SimpleNamespace(
-    channel_moments=_channels._channel_moments,
-    channel_affine=_channels._channel_affine,
-    channel_reduce=_channels._channel_reduce,
-    channel_gradient=_channels._channel_gradient,
-    online_scan=online_scan_reference,
-    online_scan_backward=online_scan_backward_reference,
-)
-
-
-# ---- autograd ----------------------------------------------------------------------------------------
-
-
 class _Means:
     """1 / s, and E[y], E[y^2], E[z], E[z^2] of each sample and channel, all (N, C)."""
 
@@ -141,35 +129,111 @@ class _Means:
         return ((zz + self.bias.square()).mean(1, keepdim=True) + layer_eps).rsqrt()
 
 
-def _run(ops, x, weight, bias, m, v, options):
-    """(y, m after, v after, mean, var, the m and v that each sample saw)."""
-    alpha, _, eps, layer_eps = options
-    layout, acc = Layout(x, False), accumulate_type(x)
-    flat = layout.flat(x)
-    mean, var = map(layout.per_set, ops.channel_moments(flat, None))
-    centers, variances = ops.online_scan(mean, var, m.to(acc), v.to(acc), alpha)
-    center, variance = centers[:-1], variances[:-1]
+def _spread(t: Tensor, x: Tensor) -> Tensor:
+    """(N, C) -> (A, K) of x (A, M, K)."""
+    return t.expand(-1, t.shape[1]).reshape(x.shape[0], x.shape[2]).contiguous()
+
+
+def forward_by_passes(ops, x, weight, bias, m, v, alpha, eps, layer_eps=None):
+    """Op `online_norm` by the passes of `channel_norm` and a scan; layer scaling has no other form."""
+    acc, c = accumulate_type(x), m.shape[0]
+    moments = ops.channel_moments(x, None)
+    mean, var = (t.view(-1, c) for t in moments)
+    ms, vs = ops.online_scan(mean, var, m.to(acc), v.to(acc), alpha)
+    center, variance = ms[:-1], vs[:-1]
     means = _Means(mean, var, center, variance, weight, bias, eps)
-    scale, shift = means.rstd * means.weight, means.bias
+    scale, shift = means.rstd * means.weight, means.bias.expand_as(mean)
     if layer_eps is not None:
         r = means.layer_scale(layer_eps)
         scale, shift = scale * r, shift * r
-    spread = [layout.spread(t) for t in (center, scale, shift)]
-    y = layout.back(ops.channel_affine(flat, *spread, None, None, 0))
-    return y, centers[-1].clone(), variances[-1].clone(), mean, var, center, variance
+    spread = [_spread(t, x) for t in (center, scale, shift)]
+    return ops.channel_affine(x, *spread, None, None, 0), mean, var, ms, vs
+
+
+def backward_by_passes(
+    ops, dy, x, weight, bias, mean, var, ms, vs, u, w, alpha, eps, need_x, layer_eps=None
+):
+    """Op `online_norm_backward`, which takes no bias: it matters under layer scaling only."""
+    center, k = ms[:-1], 1 - alpha
+    means = _Means(mean, var, center, vs[:-1], weight, bias, eps)
+    rstd, gamma, beta = means.rstd, means.weight, means.bias
+    zero = torch.zeros_like(rstd)
+    spread = [_spread(t, x) for t in (center, rstd, zero)]
+    count = x.shape[1]
+    sums = ops.channel_reduce(dy, x, *spread, None, None, 0)
+    g, gd = (t.view(rstd.shape) / count for t in sums)
+    # dz = a g + b y + c, per (n, c)
+    a, b, c = torch.ones_like(rstd), None, None
+    gy = gd * rstd
+    if layer_eps is not None:
+        r = means.layer_scale(layer_eps)
+        q = (gamma * gy + beta * g).mean(1, keepdim=True)
+        a, b, c = a * r, -(r**3) * q * gamma, -(r**3) * q * beta
+        g, gy = a * g + b * means.y + c, a * gy + b * means.yy + c * means.y
+    us, ws = ops.online_scan_backward(
+        gamma * g, gamma * gy, means.y, means.yy, rstd, u.to(g.dtype), w.to(g.dtype), alpha
+    )
+    dx = x.new_empty(0)
+    if need_x:
+        scale = gamma * rstd
+        p = -k * ws[:-1] * rstd * rstd
+        shift = -k * us[:-1]
+        if b is not None:
+            p, shift = p + scale * b * rstd, shift + scale * c
+        spread = [_spread(t, x) for t in (center, scale * a, zero)]
+        dx, _ = ops.channel_gradient(
+            dy, x, *spread, None, None, 0, _spread(p, x), _spread(shift, x), True, False
+        )
+    return dx, gy.sum(0) * count, g.sum(0) * count, us[-1].clone(), ws[-1].clone()
+
+
+_plain: Any = SimpleNamespace(
+    channel_moments=_channels._channel_moments,
+    channel_affine=_channels._channel_affine,
+    channel_reduce=_channels._channel_reduce,
+    channel_gradient=_channels._channel_gradient,
+    online_scan=online_scan_reference,
+    online_scan_backward=online_scan_backward_reference,
+)
+
+
+@reference("online_norm")
+def online_norm_reference(x, weight, bias, m, v, alpha, eps):
+    return forward_by_passes(_plain, x, weight, bias, m, v, alpha, eps)
+
+
+@reference("online_norm_backward")
+def online_norm_backward_reference(dy, x, weight, mean, var, ms, vs, u, w, alpha, eps, need_x):
+    return backward_by_passes(
+        _plain, dy, x, weight, None, mean, var, ms, vs, u, w, alpha, eps, need_x
+    )
+
+
+# ---- autograd ----------------------------------------------------------------------------------------
+
+
+def _run(x, weight, bias, m, v, options, plain):
+    """(y, mean, var, ms, vs) of x (A, M, K)."""
+    alpha, _, eps, layer_eps = options
+    if layer_eps is not None:
+        return forward_by_passes(
+            _plain if plain else _op, x, weight, bias, m, v, alpha, eps, layer_eps
+        )
+    return (online_norm_reference if plain else _op.online_norm)(x, weight, bias, m, v, alpha, eps)
 
 
 class _OnlineNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, m, v, u, w, options, plain):
-        ops = _plain if plain else _op
-        y, m_after, v_after, *kept = _run(ops, x, weight, bias, m, v, options)
-        ctx.options, ctx.ops = options, ops
+        layout = Layout(x, False)
+        y, mean, var, ms, vs = _run(layout.flat(x), weight, bias, m, v, options, plain)
+        ctx.options, ctx.plain = options, plain
         ctx.state = (u, w)  # written by backward, which saved tensors may not be
-        ctx.save_for_backward(x, weight, bias, *kept)
+        ctx.save_for_backward(x, weight, bias, mean, var, ms, vs)
+        m_after, v_after = ms[-1].clone(), vs[-1].clone()
         ctx.mark_non_differentiable(m_after, v_after)
         ctx.set_materialize_grads(False)
-        return y, m_after, v_after
+        return layout.back(y), m_after, v_after
 
     @staticmethod
     def backward(ctx, dy, dm=None, dv=None):
@@ -180,48 +244,29 @@ class _OnlineNorm(torch.autograd.Function):
                 "online_norm: backward under create_graph=True is not supported: it is the paper's "
                 "control process, which updates its state and is not the derivative of forward"
             )
-        x, weight, bias, mean, var, center, variance = ctx.saved_tensors
+        x, weight, bias, *kept = ctx.saved_tensors
         u, w = ctx.state
         _, alpha, eps, layer_eps = ctx.options
-        k, ops = 1 - alpha, ctx.ops
-        means = _Means(mean, var, center, variance, weight, bias, eps)
-        rstd, gamma, beta = means.rstd, means.weight, means.bias
-        layout = Layout(x, False)
-        flat: Any = layout.flat(x)
-        flat_dy = layout.flat(dy)
-        spread = [layout.spread(t) for t in (center, rstd, torch.zeros_like(rstd))]
-        sums = ops.channel_reduce(flat_dy, flat, *spread, None, None, 0)
-        count = flat.shape[1]
-        g, gd = (layout.per_set(t) / count for t in sums)
-        # dz = a g + b y + c, per (n, c)
-        a, b, c = torch.ones_like(rstd), None, None
-        gy = gd * rstd
+        needs, layout = ctx.needs_input_grad, Layout(x, False)
+        data: tuple[Any, ...] = (layout.flat(dy), layout.flat(x), weight)
+        rest: tuple[Any, ...] = (*kept, u, w, alpha, eps, needs[0])
         if layer_eps is not None:
-            r = means.layer_scale(layer_eps)
-            q = (gamma * gy + beta * g).mean(1, keepdim=True)
-            a, b, c = a * r, -(r**3) * q * gamma, -(r**3) * q * beta
-            g, gy = a * g + b * means.y + c, a * gy + b * means.yy + c * means.y
-        dweight = (gy.sum(0) * count).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        dbias = (g.sum(0) * count).to(bias.dtype) if ctx.needs_input_grad[2] else None
-        us, ws = ops.online_scan_backward(
-            gamma * g, gamma * gy, means.y, means.yy, rstd, u.to(g.dtype), w.to(g.dtype), alpha
+            ops = _plain if ctx.plain else _op
+            every: tuple[Any, ...] = (ops, *data, bias, *rest, layer_eps)
+            found = backward_by_passes(*every)
+        elif ctx.plain:
+            found = online_norm_backward_reference(*data, *rest)
+        else:
+            found = _op.online_norm_backward(*data, *rest)
+        dx, dweight, dbias, u_after, w_after = found
+        u.copy_(u_after)
+        w.copy_(w_after)
+        return (
+            layout.back(dx) if needs[0] else None,
+            dweight.to(weight.dtype) if needs[1] else None,
+            dbias.to(bias.dtype) if needs[2] else None,
+            *(None,) * 6,
         )
-        dx = None
-        if ctx.needs_input_grad[0]:
-            scale = gamma * rstd
-            p = -k * ws[:-1] * rstd * rstd
-            shift = -k * us[:-1]
-            if b is not None:
-                p, shift = p + scale * b * rstd, shift + scale * c
-            spread = [layout.spread(t) for t in (center, scale * a, torch.zeros_like(rstd))]
-            dx, _ = ops.channel_gradient(
-                flat_dy, flat, *spread, None, None, 0, layout.spread(p), layout.spread(shift),
-                True, False,
-            )  # fmt: skip
-            dx = layout.back(dx)
-        u.copy_(us[-1])
-        w.copy_(ws[-1])
-        return dx, dweight, dbias, None, None, None, None, None, None
 
 
 # ---- public function ---------------------------------------------------------------------------------
@@ -332,8 +377,9 @@ def _training(x, state, weight, bias, options):
             x, weight, bias, m, v, u, w, options, use_reference()
         )
     else:
-        ops = _plain if use_reference() else _op
-        y, m_after, v_after = _run(ops, x, weight, bias, m, v, options)[:3]
+        layout = Layout(x, False)
+        y, _, _, ms, vs = _run(layout.flat(x), weight, bias, m, v, options, use_reference())
+        y, m_after, v_after = layout.back(y), ms[-1], vs[-1]
     with torch.no_grad():
         m.copy_(m_after)
         v.copy_(v_after)
