@@ -43,8 +43,8 @@ ISA_FLAGS = {
 }  # fmt: skip
 COMPILE = [
     "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Icsrc/cpu",
-    "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-maybe-uninitialized",
-    "-Wno-ignored-attributes",
+    "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-ignored-attributes",
+    "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # of operands that GCC 12's intrinsics leave out
     "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DPy_LIMITED_API=0x030B0000",
 ]  # fmt: skip
 

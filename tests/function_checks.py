@@ -46,7 +46,7 @@ def differentiates(function, tensors):
     assert torch.autograd.gradgradcheck(function, tensors, fast_mode=INTERPRETED)
 
 
-def compiles(function, make, backend="aot_eager"):
+def compiles(function, make, backend="aot_eager", **tolerances):
     """One graph for any size, with the eager values and gradients."""
     torch._dynamo.reset()
     compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
@@ -56,7 +56,7 @@ def compiles(function, make, backend="aot_eager"):
             grads = [randn(*o.shape) for o in outputs_of(function, tensors)]
         got = with_gradients(compiled, tensors, grads)
         want = with_gradients(function, tensors, grads)
-        torch.testing.assert_close(got, want)
+        torch.testing.assert_close(got, want, **tolerances)
 
 
 def works_under_torch_func(function, tensors):

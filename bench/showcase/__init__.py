@@ -17,7 +17,16 @@ import torch
 
 from ..collect import Failure, failure
 
-MODULES = ("ensemble", "colour_transfer", "soup", "residual_net", "digit_norms", "style_statistics")
+MODULES = (
+    "ensemble",
+    "colour_transfer",
+    "soup",
+    "residual_net",
+    "digit_norms",
+    "style_statistics",
+    "cascade",
+    "tabm_training",
+)
 COLUMNS = ["", "Solera", "plain torch"]
 
 

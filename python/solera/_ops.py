@@ -365,6 +365,329 @@ op(
 )
 
 
+# ---- ensemble.ensemble_mlp ---------------------------------------------------------------------------
+
+# weights (K, O, I) if out_first, else (K, I, O); biases (K, O) each, or none at all; combine (K,). saved: a
+# flat tensor of K B H elements for each hidden layer (and the last, if it has an activation).
+
+op(
+    "ensemble.ensemble_mlp",
+    "ensemble_mlp(Tensor x, Tensor[] weights, Tensor[] biases, int[] activations, bool out_first,"
+    " Tensor? combine) -> Tensor",
+)
+op(
+    "ensemble.ensemble_mlp",
+    "ensemble_mlp_saved(Tensor x, Tensor[] weights, Tensor[] biases, int[] activations,"
+    " bool out_first, Tensor? combine) -> (Tensor y, Tensor[] saved)",
+)
+op(
+    "ensemble.ensemble_mlp",
+    "ensemble_mlp_backward(Tensor dy, Tensor x, Tensor[] weights, Tensor[] saved, int[] activations,"
+    " bool out_first, Tensor? combine, bool need_x, bool need_parameters)"
+    " -> (Tensor dx, Tensor[] dweights, Tensor[] dbiases)",
+)
+
+
+# ---- ensemble.routing --------------------------------------------------------------------------------
+
+# logits (B, C); scores (4, B) in the accumulator's dtype, in the order of solera.ensemble.routing.KINDS, which kind
+# indexes; top (2, B) and index (B,) or (n,) int64, exit (B,) bool, count () int64; out (B, ...), compact (n, ...).
+
+op("ensemble.routing", "uncertainty_scores(Tensor logits) -> (Tensor scores, Tensor top)")
+op(
+    "ensemble.routing",
+    "uncertainty_scores_backward(Tensor dscores, Tensor logits, Tensor scores, Tensor top) -> Tensor",
+)
+op(
+    "ensemble.routing",
+    "window_exit(Tensor logits, float low, float high, int kind)"
+    " -> (Tensor exit, Tensor index, Tensor count)",
+)
+op(
+    "ensemble.routing",
+    "cascade_merge_(Tensor(a!) out, Tensor compact, Tensor index, float weight) -> ()",
+)
+
+
+# ---- ensemble.batch_ensemble_mlp ---------------------------------------------------------------------
+
+# x (B, I) or (B, K, I); parameters: of each layer its weight (O, I), then r (K, I), s (K, O) and bias (K, O)
+# or (O,) where it has them; kinds: a layer's activation plus 8, 16, 32 for r, s and bias. products: h of each
+# layer (B, K, O), in x's dtype. seed: one int64, given where dropout is at work.
+op(
+    "ensemble.batch_ensemble_mlp",
+    "batch_ensemble_mlp(Tensor x, Tensor[] parameters, int[] kinds, float dropout, Tensor? seed)"
+    " -> Tensor",
+)
+op(
+    "ensemble.batch_ensemble_mlp",
+    "batch_ensemble_mlp_saved(Tensor x, Tensor[] parameters, int[] kinds, float dropout, Tensor? seed)"
+    " -> (Tensor y, Tensor[] products)",
+)
+op(
+    "ensemble.batch_ensemble_mlp",
+    "batch_ensemble_mlp_backward(Tensor dy, Tensor x, Tensor[] parameters, Tensor[] products, int[] kinds,"
+    " float dropout, Tensor? seed, bool need_x, bool[] needs) -> (Tensor dx, Tensor[] grads)",
+)
+
+
+# ---- ensemble.member_logits --------------------------------------------------------------------------
+
+# logits: [(N, K, C)] or K times (N, C); target (N,) int64, negative where a row is left out; weights (N, K)
+# and row numbers (N, K), or (N, 1) with weights, in the accumulator's dtype. A gradient to the logits is (N, K, C),
+# or (K, N, C) to a list.
+
+op(
+    "ensemble.member_logits",
+    "member_logsumexp(Tensor[] logits, Tensor target, Tensor? weights)"
+    " -> (Tensor lse, Tensor logp)",
+)
+op(
+    "ensemble.member_logits",
+    "member_softmax(Tensor[] logits, Tensor target, Tensor? weights, Tensor lse, Tensor a, Tensor b,"
+    " bool need_weights) -> (Tensor dlogits, Tensor dweights)",
+)
+
+
+# ---- ensemble.member_statistics ----------------------------------------------------------------------
+
+# logits as above; wanted is a sum of the flags in solera.ensemble.member_statistics; sums (N, K, 2) the largest
+# value of each row and 1 / sum e^(z - largest).
+
+op(
+    "ensemble.member_statistics",
+    "member_statistics(Tensor[] logits, int wanted) -> (Tensor mean, Tensor variance, Tensor total,"
+    " Tensor aleatoric, Tensor sums, Tensor disagreement, Tensor vote, Tensor top)",
+)
+op(
+    "ensemble.member_statistics",
+    "member_statistics_backward(Tensor[] logits, Tensor sums, Tensor mean, Tensor? dmean, Tensor? dvariance,"
+    " Tensor? dtotal, Tensor? daleatoric) -> Tensor",
+)
+
+
+# ---- ensemble.particles ------------------------------------------------------------------------------
+
+# x, b, drift, grad_mu, noise (K, d); scores (m, K, d); betas (m,) float64; divergence, lap_mu, logw (K,);
+# u a float64 scalar. An ess_threshold of inf always resamples, a clip of 0 bounds nothing.
+
+op(
+    "ensemble.particles",
+    "fkc_step(Tensor x, Tensor scores, Tensor betas, Tensor? drift, Tensor? divergence, Tensor noise,"
+    " float drift_rate, float sigma, float dt, float level) -> (Tensor y, Tensor dlogw)",
+)
+op(
+    "ensemble.particles",
+    "afdps_step(Tensor x, Tensor b, Tensor grad_mu, Tensor? lap_mu, Tensor noise, float sigma, float dt)"
+    " -> (Tensor y, Tensor dlogw)",
+)
+op(
+    "ensemble.particles",
+    "smc_resample(Tensor logw, Tensor? x, Tensor u, float ess_threshold, bool center, float clip)"
+    " -> (Tensor indices, Tensor particles, Tensor weights, Tensor after, Tensor log_z, Tensor ess)",
+)
+
+
+# ---- ensemble.connections ----------------------------------------------------------------------------
+
+# h, rest, drest (O, n, I, D): n streams of O * I tokens; out, input, dinput (O, I, D); beta, dbeta (O, I, n).
+# kind 0: fixed coefficients; 1: hyper-connections, projection (n + 2, D); 2: manifold-constrained,
+# projection (n * (n + 2), n * D). fixed, scale, constant (n * (n + 2),) in the accumulator's dtype.
+
+
+@op(
+    "ensemble.connections",
+    "connection_width(Tensor h, Tensor? out, Tensor? out_beta, Tensor? projection, Tensor? constant,"
+    " Tensor fixed, Tensor? scale, int kind, bool centred, bool tanh, float eps, int iterations)"
+    " -> (Tensor input, Tensor rest, Tensor beta, Tensor z, Tensor mean, Tensor rstd)",
+)
+def _(h, out, out_beta, projection, constant, fixed, scale, kind, centred, tanh, eps, iterations):
+    outer, n, inner, width = h.shape
+    acc = _registry.accumulate_type(h)
+    new = lambda *shape: h.new_empty(shape, dtype=acc)
+    return (
+        h.new_empty((outer, inner, width)),
+        h.new_empty(h.shape),
+        new(outer, inner, n),
+        new(outer, inner, n * (n + 2)) if kind else new(0),
+        new(outer, n, inner) if kind == 1 and centred else new(0),
+        new(outer, n, inner) if kind == 1 else (new(outer, inner) if kind else new(0)),
+    )
+
+
+@op(
+    "ensemble.connections",
+    "connection_width_backward(Tensor? dinput, Tensor? drest, Tensor? dbeta, Tensor h, Tensor? out,"
+    " Tensor? out_beta, Tensor? projection, Tensor? constant, Tensor fixed, Tensor? scale, Tensor z,"
+    " Tensor mean, Tensor rstd, int kind, bool centred, bool tanh, int iterations)"
+    " -> (Tensor dh, Tensor dout, Tensor dout_beta, Tensor dprojection, Tensor dconstant, Tensor dfixed,"
+    " Tensor dscale)",
+)
+def _(dinput, drest, dbeta, h, out, out_beta, projection, constant, fixed, scale, z, mean, rstd,
+      kind, centred, tanh, iterations):  # fmt: skip
+    outer, n, inner, width = h.shape
+    acc = _registry.accumulate_type(h)
+    new = lambda *shape: h.new_empty(shape, dtype=acc)
+    return (
+        h.new_empty(h.shape),
+        h.new_empty((0,) if out is None else (outer, inner, width)),
+        new(0) if out is None else new(outer, inner, n),
+        new(*projection.shape) if kind else new(0),
+        new(*fixed.shape) if kind else new(0),
+        new(*fixed.shape),
+        new(*fixed.shape) if kind else new(0),
+    )
+
+
+op("ensemble.connections", "connection_depth(Tensor out, Tensor h, Tensor beta) -> Tensor")
+op(
+    "ensemble.connections",
+    "connection_depth_backward(Tensor grad, Tensor out, Tensor beta) -> (Tensor dout, Tensor dbeta)",
+)
+
+
+# ---- ensemble.logit_mixture --------------------------------------------------------------------------
+
+# logits: K tensors (N, C) of one dtype; weights (N, K), dscore (K, N) in the accumulator's dtype; target (N,)
+# int64. top, log_total (K, N), or (K + 1, N) with the combined row's last. dlogits (N, K, C) if rows_first, else
+# (K, N, C). kind is the index in solera.ensemble.logit_mixture.KINDS.
+
+op(
+    "ensemble.logit_mixture",
+    "mixture_scores(Tensor[] logits, Tensor target) -> (Tensor score, Tensor top, Tensor log_total)",
+)
+op(
+    "ensemble.logit_mixture",
+    "mixture_scores_backward(Tensor[] logits, Tensor target, Tensor top, Tensor log_total, Tensor dscore,"
+    " bool rows_first) -> Tensor",
+)
+op(
+    "ensemble.logit_mixture",
+    "combine_logits(Tensor[] logits, Tensor weights, int kind, float inverse_temperature,"
+    " float plausibility, int anchor, bool normalize) -> (Tensor out, Tensor top, Tensor log_total)",
+)
+op(
+    "ensemble.logit_mixture",
+    "combine_logits_backward(Tensor dout, Tensor[] logits, Tensor weights, Tensor top, Tensor log_total,"
+    " int kind, float inverse_temperature, float plausibility, int anchor, bool normalize,"
+    " bool need_logits, bool need_weights, bool rows_first) -> (Tensor dlogits, Tensor dweights)",
+)
+
+
+# ---- ensemble.distillation ---------------------------------------------------------------------------
+
+# student (N, C), teachers K tensors (N, C), weights (K,), dweights (N, K) and factor (N,) in the accumulator's
+# dtype; dteachers (N, K, C) if rows_first, else (K, N, C); x (A, N, C). Gradients not needed are empty.
+
+op(
+    "ensemble.distillation",
+    "distill(Tensor student, Tensor[] teachers, Tensor weights, float inverse_temperature, float scale,"
+    " int kind, bool need_student, bool need_teachers, bool need_weights, bool rows_first)"
+    " -> (Tensor loss, Tensor dstudent, Tensor dteachers, Tensor dweights)",
+)
+op("ensemble.distillation", "distill_scale_(Tensor(a!) x, Tensor factor) -> ()")
+
+
+# ---- ensemble.adapters -------------------------------------------------------------------------------
+
+# x (N, I), weight (O, I); index (M, k) int64, M = N n for rows cut into n blocks; a (E, r, I / n), a_bias
+# (E, r), b (E, O / n, r); gates (M, k, G), G dividing r. pre (M, k, r) and the parameters' gradients are in
+# the accumulator's dtype, but for dweight. Without a weight n = 1 and y starts from zero or, `residual`, from x.
+
+
+@op(
+    "ensemble.adapters",
+    "adapter_linear(Tensor x, Tensor? weight, Tensor? bias, Tensor a, Tensor? a_bias, Tensor b, Tensor index,"
+    " Tensor? gates, float scaling, int activation, bool residual) -> (Tensor y, Tensor pre)",
+)
+def _(x, weight, bias, a, a_bias, b, index, gates, scaling, activation, residual):
+    if weight is not None:
+        out = weight.shape[0]
+    else:
+        out = x.shape[1] if residual else b.shape[1]
+    pre = x.new_empty((*index.shape, a.shape[1]), dtype=_registry.accumulate_type(x))
+    return x.new_empty((x.shape[0], out)), pre
+
+
+@op(
+    "ensemble.adapters",
+    "adapter_linear_backward(Tensor dy, Tensor x, Tensor? weight, Tensor a, Tensor b, Tensor pre, Tensor index,"
+    " Tensor? gates, float scaling, int activation, bool residual, bool need_x, bool need_weight,"
+    " bool need_bias, bool need_a, bool need_a_bias, bool need_b, bool need_gates)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias, Tensor da, Tensor da_bias, Tensor db, Tensor dgates)",
+)
+def _(
+    dy, x, weight, a, b, pre, index, gates, scaling, activation, residual, need_x, need_weight,
+    need_bias, need_a, need_a_bias, need_b, need_gates,
+):  # fmt: skip
+    def sums(need, shape):
+        return x.new_empty(shape if need else (0,), dtype=pre.dtype)
+
+    like = pre if weight is None else weight
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        like.new_empty(like.shape if need_weight else (0,)),
+        sums(need_bias, (dy.shape[1],)),
+        sums(need_a, a.shape),
+        sums(need_a_bias, a.shape[:2]),
+        sums(need_b, b.shape),
+        sums(need_gates, None if gates is None else gates.shape),
+    )
+
+
+# ---- ensemble.hyper_linear ---------------------------------------------------------------------------
+
+# a, u, dy (N, O, P); s (N, 2 O), or (N, O) without bias (O,).
+
+op("ensemble.hyper_linear", "hyper_gate(Tensor a, Tensor u, Tensor s, Tensor? bias) -> Tensor")
+op(
+    "ensemble.hyper_linear",
+    "hyper_gate_backward(Tensor dy, Tensor u, Tensor s, Tensor? bias)"
+    " -> (Tensor du, Tensor ds, Tensor dbias)",
+)
+
+
+# ---- ensemble.oblivious_forest -----------------------------------------------------------------------
+
+# x (B, F); features int64, thresholds (K, D); index (B, K) int32; leaves (K, L, A); dy (B, A).
+
+op(
+    "ensemble.oblivious_forest",
+    "forest_leaves(Tensor x, Tensor features, Tensor thresholds) -> Tensor",
+)
+op("ensemble.oblivious_forest", "leaf_sum(Tensor index, Tensor leaves) -> Tensor")
+op("ensemble.oblivious_forest", "leaf_scatter(Tensor index, Tensor dy, int count) -> Tensor")
+
+
+# ---- ensemble.prompts --------------------------------------------------------------------------------
+
+# images (N, D), texts (P, C, D), bias (P, C), choice (P, N) int64, grad and scores (P,) in the accumulator's dtype, as
+# is dbias.
+
+op("ensemble.prompts", "prompt_scores(Tensor images, Tensor texts, Tensor? bias) -> Tensor")
+op(
+    "ensemble.prompts",
+    "prompt_scores_choice(Tensor images, Tensor texts, Tensor? bias) -> (Tensor scores, Tensor choice)",
+)
+op(
+    "ensemble.prompts",
+    "prompt_scores_backward(Tensor grad, Tensor images, Tensor texts, Tensor choice, bool need_images,"
+    " bool need_texts, bool need_bias) -> (Tensor dimages, Tensor dtexts, Tensor dbias)",
+)
+
+
+# ---- ensemble.pair_losses ----------------------------------------------------------------------------
+
+# s, g (R, M) similarities and temperature logits of R anchors with M candidates; negative (R, k) and positive (R,)
+# int64 columns. ds and dg (R, M) hold the gradients of each row's own loss, or are empty.
+
+op(
+    "ensemble.pair_losses",
+    "pair_losses(Tensor s, Tensor g, Tensor negative, Tensor positive, float tau_min, float tau_max,"
+    " float beta, float width, bool need_grad) -> (Tensor losses, Tensor ds, Tensor dg)",
+)
+
+
 # ---- sinkhorn.dense ----------------------------------------------------------------------------------
 
 

@@ -67,7 +67,9 @@ def test_a_row_has_the_same_bits_in_every_batch(dtype):
 
 
 @pytest.mark.no_interpreter
-@pytest.mark.parametrize("shape", [(1, 2, 16, 16), (5, 6, 70, 50), (100, 5, 600, 300)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 16, 16), (5, 6, 70, 50), (100, 5, 600, 300), (20, 2, 2100, 1100)], ids=str
+)
 def test_same_bits_for_any_thread_count(shape):
     layers.check_thread_counts(shape, False)
 

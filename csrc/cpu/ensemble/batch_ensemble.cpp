@@ -16,6 +16,8 @@
 #include "tiles.h"
 
 #ifdef SOLERA_FRONT
+#include "batch_ensemble.h"
+
 namespace solera {
 namespace ensemble {
 namespace {
@@ -279,6 +281,8 @@ struct Backward {
   }
 };
 
+}  // namespace
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_ensemble_backward(
     const Tensor& dy_in, const Tensor& x_in, const Tensor& weight, OptTensor r_in, OptTensor s_in,
     OptTensor saved_in, int64_t activation, bool bias_per_member, bool need_x, bool need_weight,
@@ -337,7 +341,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_ensemble_backward(
   return {dx, dw, dr, ds, db};
 }
 
-}  // namespace
 }  // namespace ensemble
 
 STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {

@@ -8,6 +8,7 @@ from .ada_norm import (
     TimeDependentParameter,
     TimeLayerNorm,
 )
+from .adapters import MultiLoRALinear
 from .attention import QKNorm
 from .channel_norm import (
     BatchNorm1d,
@@ -18,14 +19,25 @@ from .channel_norm import (
     InstanceNorm2d,
     InstanceNorm3d,
 )
+from .connections import HyperConnections
+from .contrastive import MultiHeadContrastiveLoss
 from .conversion import Conversion, convert, revert
 from .ensemble import LinearBatchEnsemble, LinearEnsemble
+from .ensemble_conv import BatchEnsembleConv2d, EnsembleConv2d
 from .evonorm import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2, EvoNorm2dS0
+from .hyper_linear import HyperConv2d, HyperLinear
 from .logits import NormalizedSoftmaxCrossEntropyLoss, StableMaxCrossEntropyLoss, ZLoss
 from .norm import LayerNorm, RMSNorm
 from .online_norm import OnlineNorm1d, OnlineNorm2d
 from .scaled_std_conv import ScaledStdConv2d
 from .style import ILN, AdaLIN, MomentShortcut, PositionalNorm
+from .tabm import MLPBackboneBatchEnsemble, MLPBackboneEnsemble, MLPBackboneMiniEnsemble, TabM
+from .tabm_layers import (
+    BatchNorm1dEnsemble,
+    ElementwiseAffine,
+    EnsembleView,
+    LayerNormEnsemble,
+)
 from .test_time import AlphaBatchNorm1d, AlphaBatchNorm2d, AlphaBatchNorm3d
 
 __all__ = [
@@ -37,23 +49,37 @@ __all__ = [
     "AlphaBatchNorm1d",
     "AlphaBatchNorm2d",
     "AlphaBatchNorm3d",
+    "BatchEnsembleConv2d",
     "BatchNorm1d",
+    "BatchNorm1dEnsemble",
     "BatchNorm2d",
     "BatchNorm3d",
     "Conversion",
     "DeepNorm",
+    "ElementwiseAffine",
+    "EnsembleConv2d",
+    "EnsembleView",
     "EvoNorm2dB0",
     "EvoNorm2dB1",
     "EvoNorm2dB2",
     "EvoNorm2dS0",
     "GroupNorm",
+    "HyperConnections",
+    "HyperConv2d",
+    "HyperLinear",
     "InstanceNorm1d",
     "InstanceNorm2d",
     "InstanceNorm3d",
     "LayerNorm",
+    "LayerNormEnsemble",
     "LinearBatchEnsemble",
     "LinearEnsemble",
+    "MLPBackboneBatchEnsemble",
+    "MLPBackboneEnsemble",
+    "MLPBackboneMiniEnsemble",
     "MomentShortcut",
+    "MultiHeadContrastiveLoss",
+    "MultiLoRALinear",
     "NormalizedSoftmaxCrossEntropyLoss",
     "OnlineNorm1d",
     "OnlineNorm2d",
@@ -62,6 +88,7 @@ __all__ = [
     "RMSNorm",
     "ScaledStdConv2d",
     "StableMaxCrossEntropyLoss",
+    "TabM",
     "TimeDependentParameter",
     "TimeLayerNorm",
     "ZLoss",

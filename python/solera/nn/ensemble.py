@@ -46,6 +46,13 @@ def _init_scaling_(t: Tensor, distribution: str, chunks: list[int] | None) -> No
         part.copy_(_draw_(torch.empty(*t.shape[:-1], 1), distribution))
 
 
+def shared_input(x: Tensor) -> Tensor:
+    """(B, D) where x (B, k, D) is one row expanded over the members: it is then read once, not k times."""
+    if x.dim() == 3 and x.shape[1] > 1 and x.stride(1) == 0 and not x.requires_grad:
+        return x[:, 0]
+    return x
+
+
 def _check_input(x: object, members: int, in_features: int) -> None:
     """A wrong number of members is an error here, never a broadcast; the rest the function checks."""
     if not isinstance(x, Tensor) or x.dim() not in (2, 3):
@@ -128,11 +135,22 @@ class LinearBatchEnsemble(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, module: nn.Linear, **kwargs: Any) -> LinearBatchEnsemble:
-        """A new ensemble of the linear layer's sizes, dtype and device (its values are not copied)."""
+    def from_linear(
+        cls, module: nn.Linear, *, copy: bool = True, **kwargs: Any
+    ) -> LinearBatchEnsemble:
+        """An ensemble around a linear layer: its weight is shared, its bias each member's start.
+
+        With copy=False only its sizes, dtype and device are taken, and the values are drawn anew.
+        """
         kwargs.setdefault("dtype", module.weight.dtype)
         kwargs.setdefault("device", module.weight.device)
-        return cls(module.in_features, module.out_features, module.bias is not None, **kwargs)
+        made = cls(module.in_features, module.out_features, module.bias is not None, **kwargs)
+        if copy:
+            with torch.no_grad():
+                made.weight.copy_(module.weight)
+                if made.bias is not None:
+                    made.bias.copy_(module.bias)
+        return made
 
     def reset_parameters(self) -> None:
         """weight uniform as in a linear layer; r and s by scaling_init; all members start from one bias."""
@@ -148,7 +166,7 @@ class LinearBatchEnsemble(nn.Module):
         """x (B, k, in_features) or (B, in_features) -> (B, k, out_features)."""
         _check_input(x, self.k, self.in_features)
         return batch_ensemble_linear(
-            x, self.weight, self.r, self.s, self.bias, activation=self.activation
+            shared_input(x), self.weight, self.r, self.s, self.bias, activation=self.activation
         )
 
     def extra_repr(self) -> str:
@@ -204,11 +222,21 @@ class LinearEnsemble(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, module: nn.Linear, **kwargs: Any) -> LinearEnsemble:
-        """A new ensemble of the linear layer's sizes, dtype and device (its values are not copied)."""
+    def from_linear(cls, module: nn.Linear, *, copy: bool = True, **kwargs: Any) -> LinearEnsemble:
+        """k copies of a linear layer.
+
+        Members that start alike and see the same batches stay alike: with copy=False only the layer's sizes,
+        dtype and device are taken, and each member is drawn anew.
+        """
         kwargs.setdefault("dtype", module.weight.dtype)
         kwargs.setdefault("device", module.weight.device)
-        return cls(module.in_features, module.out_features, module.bias is not None, **kwargs)
+        made = cls(module.in_features, module.out_features, module.bias is not None, **kwargs)
+        if copy:
+            with torch.no_grad():
+                made.weight.copy_(module.weight.T)
+                if made.bias is not None:
+                    made.bias.copy_(module.bias)
+        return made
 
     @property
     def in_features(self) -> int:
@@ -231,7 +259,7 @@ class LinearEnsemble(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, k, in_features) or (B, in_features) -> (B, k, out_features)."""
         _check_input(x, self.k, self.in_features)
-        return ensemble_linear(x, self.weight, self.bias, activation=self.activation)
+        return ensemble_linear(shared_input(x), self.weight, self.bias, activation=self.activation)
 
     def extra_repr(self) -> str:
         return (

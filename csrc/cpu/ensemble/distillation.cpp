@@ -1,0 +1,300 @@
+// The loss of a student against an ensemble's mean prediction and its gradients; the formulas are
+// in python/solera/ensemble/distillation.py.
+//
+// Bytes a row of C logits and K teachers: reads (K + 1) C, writes C for the student's gradient and
+// K C for the teachers'. A teacher's row is read from memory once; its exponentials are kept in a
+// row of scratch (L2) until its sum is known, then added to a second one with their weight:
+// K + 2 exponentials a column.
+#include "mixture_rows.h"
+
+namespace solera {
+
+struct DistillRows {
+  const void* student;
+  int64_t student_stride;
+  MixtureMembers teachers;
+  const void* weights;                           // (K,)
+  void *loss, *dstudent, *dteachers, *dweights;  // gradients may be null
+  int64_t row_stride, member_stride;             // of dteachers
+  int64_t width;
+  double inverse_temperature, scale;
+  int kind;
+  bool streaming;
+};
+
+struct DistillTable {
+  void (*rows[4])(const DistillRows&, void* scratch, int64_t begin, int64_t end);
+  void (*scale[4])(void* x, int64_t width, double factor);
+};
+
+namespace SOLERA_ISA {
+namespace {
+
+// What a row of weights q leaves behind: its exponentials e in scratch with each block's maximum,
+// their sum, and the mean of the student's values under it.
+template <class T>
+struct Target {
+  RowSum<T> sum;
+  A<T> mean;
+};
+
+// e^(value - top) of a row into e, top being the maximum so far, noted for each block.
+template <class T, bool kKeep, class V, class S>
+SOLERA_INLINE Target<T> scan_target(int64_t width, const V& value, const S& student, A<T>* e,
+                                    A<T>* tops) {
+  Target<T> out;
+  A<T> weighted = 0;
+  int64_t block = 0;
+  mixture_blocks(width, [&](int64_t first, int64_t count) {
+    weighted *=
+        out.sum.raise(block_max<T>(count, [&](int64_t j, int n) { return value(first + j, n); }));
+    const A<T> top = out.sum.top;
+    AccVec<T> w0{}, w1{}, s0{}, s1{};
+    const auto add = [&](int64_t j, int n, AccVec<T>& s, AccVec<T>& w) {
+      const AccVec<T> x = keep<T>(soft_exp(value(j, n) - top), n);
+      if (kKeep) put((A<T>*)e + j, x, n);
+      s += x;
+      w += x > 0 ? x * student(j, n) : AccVec<T>{};
+    };
+    constexpr int L = kLanes<T>;
+    int64_t j = first;
+    for (; j + 2 * L <= first + count; j += 2 * L) {
+      add(j, L, s0, w0);
+      add(j + L, L, s1, w1);
+    }
+    for (; j < first + count; j += L)
+      add(j, int(first + count - j < L ? first + count - j : L), s0, w0);
+    out.sum.sum += lane_sum(s0 + s1);
+    weighted += lane_sum(w0 + w1);
+    if (kKeep) tops[block++] = top;
+  });
+  out.mean = weighted / out.sum.sum;
+  return out;
+}
+
+// Calls body(first, count, factor) with factor * e the softmax of the block.
+template <class T, class F>
+SOLERA_INLINE void each_block(int64_t width, const Target<T>& t, const A<T>* tops, const F& body) {
+  int64_t block = 0;
+  mixture_blocks(width, [&](int64_t first, int64_t count) {
+    body(first, count, scalar_exp(tops[block++] - t.sum.top) / t.sum.sum);
+  });
+}
+
+template <class T>
+void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t end) {
+  const FlushSubnormals flushed;
+  constexpr int L = kLanes<T>;
+  typedef AccVec<T> V;
+  const int64_t width = p.width, members = p.teachers.count;
+  const A<T> it = A<T>(p.inverse_temperature), scale = A<T>(p.scale);
+  const A<T>* w = (const A<T>*)p.weights;
+  A<T>* e = (A<T>*)scratch;  // [width]
+  A<T>* q = e + width;       // [width]
+  A<T>* tops = q + width;    // [blocks]
+  const bool gradients = p.dstudent || p.dteachers || (p.dweights && p.kind == 1);
+  for (int64_t row = begin; row < end; ++row) {
+    const T* x = (const T*)p.student + row * p.student_stride;
+    const RowSum<T> own = sum_row<T>(x, width, it);
+    const A<T> total = own.log_total();
+    const auto student = [&](int64_t j, int n) { return get(x + j, n) * it - own.top; };
+    A<T> share = 0, means = 0;
+    T* dt = (T*)p.dteachers + row * p.row_stride;
+    A<T>* dw = (A<T>*)p.dweights + row * members;
+
+    if (p.kind == 0) {
+      for (int64_t m = 0; m < members; ++m) {
+        const T* t = member_row<T>(p.teachers, m, row);
+        const auto value = [&](int64_t j, int n) { return get(t + j, n) * it; };
+        Target<T> found;
+        if (gradients)
+          found = scan_target<T, true>(width, value, student, e, tops);
+        else
+          found = scan_target<T, false>(width, value, student, e, tops);
+        share += w[m];
+        means += w[m] * found.mean;
+        if (p.dweights) dw[m] = (total - found.mean) * scale;
+        if (p.dstudent) {
+          each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
+            factor *= w[m];
+            strips<L>(count, [&](int64_t j, int n) {
+              V sum = get(e + first + j, n) * factor;
+              if (m > 0) sum += get(q + first + j, n);
+              put(q + first + j, sum, n);
+            });
+          });
+        }
+        if (p.dteachers) {
+          T* out = dt + m * p.member_stride;
+          const bool streaming = p.streaming && can_stream(out);
+          each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
+            factor *= -w[m] * it * scale;
+            strips<L>(count, [&](int64_t j, int n) {
+              const V held = get(e + first + j, n);
+              const V slope = held * factor * (student(first + j, n) - found.mean);
+              put(out + first + j, held > 0 ? slope : held * factor, n, streaming);
+            });
+          });
+        }
+      }
+    } else {
+      for (int64_t m = 0; m < members; ++m) {
+        const T* t = member_row<T>(p.teachers, m, row);
+        const A<T> factor = w[m] * it;
+        strips<L>(width, [&](int64_t j, int n) {
+          V sum = get(t + j, n) * factor;
+          if (m > 0) sum += get(q + j, n);
+          put(q + j, sum, n);
+        });
+      }
+      const auto value = [&](int64_t j, int n) { return get(q + j, n); };
+      const Target<T> found = gradients ? scan_target<T, true>(width, value, student, e, tops)
+                                        : scan_target<T, false>(width, value, student, e, tops);
+      share = 1;
+      means = found.mean;
+      if (gradients) {
+        each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
+          strips<L>(count, [&](int64_t j, int n) {
+            put(q + first + j, get(e + first + j, n) * factor, n);
+          });
+        });
+      }
+      // e becomes the gradient of the combined row.
+      if (p.dteachers || p.dweights) {
+        strips<L>(width, [&](int64_t j, int n) {
+          const V held = get(q + j, n), slope = held * (found.mean - student(j, n)) * scale;
+          put(e + j, held > 0 ? slope : held, n);
+        });
+        for (int64_t m = 0; m < members; ++m) {
+          const A<T> factor = w[m] * it;
+          T* out = dt + m * p.member_stride;
+          if (p.dteachers)
+            strips<L>(width, [&](int64_t j, int n) { put(out + j, get(e + j, n) * factor, n); });
+          const T* t = member_row<T>(p.teachers, m, row);
+          if (p.dweights)
+            dw[m] = it * row_sum<T>(width, [&](int64_t j, int n) {
+                      const V d = get(e + j, n);
+                      return d == 0 ? V{} : d * get(t + j, n);
+                    });
+        }
+      }
+    }
+    ((A<T>*)p.loss)[row] = (share * total - means) * scale;
+    if (p.dstudent) {
+      T* out = (T*)p.dstudent + row * width;
+      const bool streaming = p.streaming && can_stream(out);
+      const A<T> factor = it * scale;
+      strips<L>(width, [&](int64_t j, int n) {
+        const V softmax = soft_exp(student(j, n) - total) * share;
+        put(out + j, (softmax - get(q + j, n)) * factor, n, streaming);
+      });
+    }
+  }
+  if (p.streaming) stream_fence();
+}
+
+template <class T>
+void scale_row(void* x, int64_t width, double factor) {
+  const A<T> f = A<T>(factor);
+  strips<kLanes<T>>(width, [&](int64_t j, int n) { put((T*)x + j, get((T*)x + j, n) * f, n); });
+}
+
+}  // namespace
+
+extern const DistillTable distill_table;
+const DistillTable distill_table = {
+    {distill_rows<float>, distill_rows<double>, distill_rows<bf16>, distill_rows<f16>},
+    {scale_row<float>, scale_row<double>, scale_row<bf16>, scale_row<f16>},
+};
+
+}  // namespace SOLERA_ISA
+}  // namespace solera
+
+#ifdef SOLERA_FRONT
+#include "mixture_lists.h"
+
+namespace solera {
+
+SOLERA_PICK(DistillTable, distill_table)
+
+namespace {
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> distill(
+    const Tensor& student_in, const std::vector<Tensor>& teachers_in, const Tensor& weights_in,
+    double inverse_temperature, double scale, int64_t kind, bool need_student, bool need_teachers,
+    bool need_weights, bool rows_first) {
+  const MixtureList teachers(teachers_in);
+  const int64_t rows = teachers.rows, width = teachers.width, count = teachers.count;
+  STD_TORCH_CHECK(student_in.dim() == 2 && student_in.size(0) == rows &&
+                      student_in.size(1) == width &&
+                      student_in.scalar_type() == teachers.first().scalar_type(),
+                  "solera: the student must be (N, C) as the teachers are");
+  const Tensor student = with_unit_rows(student_in);
+  const ScalarType acc = accumulate_type(student);
+  const Tensor weights = mixture_checked(weights_in, acc, {count}, "weights");
+  Tensor loss = mixture_empty(student, {rows}, acc);
+  Tensor dstudent =
+      need_student ? mixture_empty(student, {rows, width}) : mixture_empty(student, {0});
+  Tensor dteachers = !need_teachers ? mixture_empty(student, {0})
+                     : rows_first   ? mixture_empty(student, {rows, count, width})
+                                    : mixture_empty(student, {count, rows, width});
+  Tensor dweights =
+      need_weights ? mixture_empty(student, {rows, count}, acc) : mixture_empty(student, {0}, acc);
+  const int64_t written = (need_student + need_teachers * count) * rows * teachers.row_bytes();
+  const DistillRows p{student.const_data_ptr(),
+                      student.strides()[0],
+                      teachers.members(),
+                      weights.const_data_ptr(),
+                      loss.mutable_data_ptr(),
+                      need_student ? dstudent.mutable_data_ptr() : nullptr,
+                      need_teachers ? dteachers.mutable_data_ptr() : nullptr,
+                      need_weights ? dweights.mutable_data_ptr() : nullptr,
+                      rows_first ? count * width : width,
+                      rows_first ? width : rows * width,
+                      width,
+                      inverse_temperature,
+                      scale,
+                      int(kind),
+                      written >= kMixtureStreamBytes};
+  const auto kernel = pick_distill_table().rows[dtype_of(student)];
+  parallel_for(0, rows, grain_for((count + 1) * teachers.row_bytes()),
+               [&](int64_t begin, int64_t end) {
+                 const auto scratch = mixture_scratch(2 * width + width / kMixtureBlock + 1, acc);
+                 kernel(p, scratch.get(), begin, end);
+               });
+  return {loss, dstudent, dteachers, dweights};
+}
+
+// Rows whose factor is 1 are left alone.
+void distill_scale_(const Tensor& x, const Tensor& factor_in) {
+  STD_TORCH_CHECK(x.dim() == 3, "solera: expected (A, N, C)");
+  const int64_t sets = x.size(0), rows = x.size(1), width = x.size(2);
+  const ScalarType acc = accumulate_type(x);
+  const Tensor factor = mixture_checked(factor_in, acc, {rows}, "factor");
+  const bool unit = width <= 1 || x.strides()[2] == 1;
+  const Tensor held = unit ? x : torch::stable::contiguous(x);
+  const int64_t set_stride = held.strides()[0], row_stride = held.strides()[1];
+  const auto kernel = pick_distill_table().scale[dtype_of(x)];
+  char* data = static_cast<char*>(held.mutable_data_ptr());
+  const void* factors = factor.const_data_ptr();
+  const int64_t size = x.element_size();
+  parallel_for(0, sets * rows, grain_for(width * size), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t row = i % rows;
+      const double f = acc == ScalarType::Double ? static_cast<const double*>(factors)[row]
+                                                 : double(static_cast<const float*>(factors)[row]);
+      if (f != 1.0) kernel(data + (i / rows * set_stride + row * row_stride) * size, width, f);
+    }
+  });
+  if (!unit) STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_copy_(x.get(), held.get(), 0));
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {
+  m.impl("distill", TORCH_BOX(&distill));
+  m.impl("distill_scale_", TORCH_BOX(&distill_scale_));
+}
+
+}  // namespace solera
+#endif  // SOLERA_FRONT

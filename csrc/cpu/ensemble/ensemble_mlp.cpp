@@ -1,0 +1,481 @@
+// K perceptrons of L layers, forward and backward:
+//
+//   h^0 = x_bk    z^l = W^l_k h^(l-1) + b^l_k    h^l = act_l(z^l)    y_bk = h^L, or y_b = sum_k w_k
+//   h^L
+//
+// A task takes a tile of rows of one member through all the layers, so between two layers a tile
+// lies in the second-level cache; forward writes one tensor a hidden layer (h, or z for gelu and
+// silu), backward reads it once.
+//
+// Operations: forward 2 B K sum(I O), backward twice that. Bytes, at least: x, parameters, saved
+// (B K sum(H)) and y once forward; dy, x, parameters, saved read and dx, dparameters written
+// backward.
+//
+// Sums over the batch run tile by tile and piece by piece, over members group by group, all fixed
+// by the shapes, never by the threads.
+#include "tiles.h"
+
+#include "../activation.h"
+#include "../strips.h"
+#include "lanes.h"
+
+namespace solera {
+
+struct MlpTable {
+  // h = act(tile + bias) in place; z (gelu, silu) or h also as `saved`. bias, saved may be null.
+  void (*finish)(void* tile, const void* bias, void* saved, int64_t rows, int64_t width,
+                 int activation);
+  // tile *= act'(saved) in place; db += its column sums. saved, db may be null.
+  void (*delta)(void* tile, const void* saved, void* db, int64_t rows, int64_t width,
+                int activation);
+  void (*revive)(const void* saved, void* tile, int64_t n, int activation);
+  // Rows `step` apart as a dense tile, times `scale`; rows up to `padded` are zero.
+  void (*gather)(const void* from, int64_t step, void* tile, int64_t rows, int64_t padded,
+                 int64_t width, double scale);
+  void (*scatter)(const void* tile, void* to, int64_t step, int64_t rows, int64_t width);
+  // sum (+)= scale * tile
+  void (*blend)(const void* tile, void* sum, int64_t n, double scale, bool first);
+};
+// By Dtype, and last bfloat16 with bfloat16 tiles.
+struct MlpTables {
+  MlpTable of[5];
+};
+
+namespace SOLERA_ISA {
+namespace {
+
+template <class T, class C>
+struct Mlp {
+  typedef A<T> Real;
+  typedef AccVec<T> V;
+
+  template <int kActivation>
+  static void finish_as(C* tile, const Real* bias, T* saved, int64_t rows, int64_t width) {
+    for (int64_t j = 0; j < rows; ++j, tile += width) {
+      strips<kLanes<T>>(width, [&](int64_t i, int c) {
+        V z = lanes_of(tile + i, c);
+        if (bias) z += lanes_of(bias + i, c);
+        V h = activate(z, kActivation);
+        set_lanes(tile + i, h, c);
+        if (saved) set_lanes(saved + j * width + i, kActivation >= kGelu ? z : h, c);
+      });
+    }
+  }
+  static void finish(void* tile, const void* bias, void* saved, int64_t rows, int64_t width,
+                     int activation) {
+    C* t = (C*)tile;
+    const Real* b = (const Real*)bias;
+    T* s = (T*)saved;
+    if (activation == kRelu) return finish_as<kRelu>(t, b, s, rows, width);
+    if (activation == kGelu) return finish_as<kGelu>(t, b, s, rows, width);
+    if (activation == kSilu) return finish_as<kSilu>(t, b, s, rows, width);
+    if (b || s) finish_as<kNone>(t, b, s, rows, width);
+  }
+
+  template <int kActivation>
+  static void delta_as(C* tile, const T* saved, Real* db, int64_t rows, int64_t width) {
+    constexpr int64_t kRows = 32;  // summed in registers before they join db
+    for (int64_t first = 0; first < rows; first += kRows) {
+      const int64_t last = first + kRows < rows ? first + kRows : rows;
+      strips<kLanes<T>>(width, [&](int64_t i, int c) {
+        V sum{};
+        for (int64_t j = first; j < last; ++j) {
+          V g = lanes_of(tile + j * width + i, c);
+          if (kActivation != kNone) {
+            g = slope(g, lanes_of(saved + j * width + i, c), kActivation);
+            set_lanes(tile + j * width + i, g, c);
+          }
+          sum += g;
+        }
+        if (db) set_lanes(db + i, lanes_of(db + i, c) + sum, c);
+      });
+    }
+  }
+  static void delta(void* tile, const void* saved, void* db, int64_t rows, int64_t width,
+                    int activation) {
+    C* t = (C*)tile;
+    const T* s = (const T*)saved;
+    Real* d = (Real*)db;
+    if (activation == kRelu) return delta_as<kRelu>(t, s, d, rows, width);
+    if (activation == kGelu) return delta_as<kGelu>(t, s, d, rows, width);
+    if (activation == kSilu) return delta_as<kSilu>(t, s, d, rows, width);
+    if (d) delta_as<kNone>(t, s, d, rows, width);
+  }
+
+  static void revive(const void* saved, void* tile, int64_t n, int activation) {
+    strips<kLanes<T>>(n, [&](int64_t i, int c) {
+      V v = lanes_of((const T*)saved + i, c);
+      set_lanes((C*)tile + i, activation >= kGelu ? activate(v, activation) : v, c);
+    });
+  }
+  static void gather(const void* from, int64_t step, void* tile, int64_t rows, int64_t padded,
+                     int64_t width, double scale) {
+    C* to = (C*)tile;
+    for (int64_t j = 0; j < rows; ++j, to += width) {
+      const T* row = (const T*)from + j * step;
+      strips<kLanes<T>>(width, [&](int64_t i, int c) {
+        set_lanes(to + i, lanes_of(row + i, c) * Real(scale), c);
+      });
+    }
+    memset((void*)to, 0, size_t((padded - rows) * width) * sizeof(C));
+  }
+  static void scatter(const void* tile, void* to, int64_t step, int64_t rows, int64_t width) {
+    const C* from = (const C*)tile;
+    for (int64_t j = 0; j < rows; ++j, from += width) {
+      T* row = (T*)to + j * step;
+      strips<kLanes<T>>(width,
+                        [&](int64_t i, int c) { set_lanes(row + i, lanes_of(from + i, c), c); });
+    }
+  }
+  static void blend(const void* tile, void* sum, int64_t n, double scale, bool first) {
+    Real* to = (Real*)sum;
+    strips<kLanes<T>>(n, [&](int64_t i, int c) {
+      V v = lanes_of((const C*)tile + i, c) * Real(scale);
+      set_lanes(to + i, first ? v : lanes_of(to + i, c) + v, c);
+    });
+  }
+
+  static constexpr MlpTable table() { return {finish, delta, revive, gather, scatter, blend}; }
+};
+
+}  // namespace
+
+extern const MlpTables mlp_tables;
+const MlpTables mlp_tables = {{
+    Mlp<float, float>::table(),
+    Mlp<double, double>::table(),
+    Mlp<bf16, float>::table(),
+    Mlp<f16, float>::table(),
+    Mlp<bf16, bf16>::table(),
+}};
+
+}  // namespace SOLERA_ISA
+}  // namespace solera
+
+#ifdef SOLERA_FRONT
+namespace solera {
+
+SOLERA_PICK(MlpTables, mlp_tables)
+
+namespace ensemble {
+namespace {
+
+using Tensors = std::vector<Tensor>;
+
+constexpr int64_t kMlpRows = 512, kMlpTile = int64_t(1) << 16;  // rows and elements of a tile, most
+constexpr int64_t kMlpTasks = 32;   // pieces of work there should be, whatever the machine
+constexpr int64_t kMlpGroups = 16;  // of members, where a sum runs over them
+
+// One call's shapes: layer l maps widths[l] features to widths[l + 1].
+struct MlpPlan {
+  const Engine e;
+  const MlpTable& run;
+  int64_t items, members, layers, widest, rows, tiles;
+  std::vector<int64_t> widths, activations;
+  bool shared, out_first;
+  Tensors weights;
+  std::vector<double> combine;  // of each member; empty if members are not combined
+
+  MlpPlan(const Tensor& x, const Tensors& weights_in, std::vector<int64_t> activations_in,
+          bool out_first, const OptTensor& combine_in)
+      : e(x),
+        run(pick_mlp_tables()
+                .of[e.tile == ScalarType::BFloat16 ? 4 : static_cast<int>(dtype_of(x))]),
+        items(x.size(0)),
+        members(weights_in[0].size(0)),
+        layers(int64_t(weights_in.size())),
+        widths{x.size(-1)},
+        activations(std::move(activations_in)),
+        shared(x.dim() == 2),
+        out_first(out_first) {
+    widest = widths[0];
+    for (const Tensor& w : weights_in) {
+      weights.push_back(as(w, e.tile));
+      widths.push_back(w.size(out_first ? 1 : 2));
+      if (widths.back() > widest) widest = widths.back();
+    }
+    const int64_t fit = kMlpTile / (widest > 0 ? widest : 1);
+    rows = fit >= kMlpRows ? kMlpRows : fit < 64 ? 64 : fit / kRowQuantum * kRowQuantum;
+    if (rows > items) rows = items > 0 ? round_up(items, kRowQuantum) : kRowQuantum;
+    if (e.fixed) rows = e.max_rows;
+    tiles = ceil_div(items, rows);
+    if (!combine_in.has_value()) return;
+    const Tensor values = as(*combine_in, ScalarType::Double);
+    const double* p = static_cast<const double*>(values.const_data_ptr());
+    combine.assign(p, p + members);
+  }
+
+  int64_t out() const { return widths.back(); }
+  int64_t last() const { return layers - 1; }
+  // Hidden layers keep something for backward, the last only if it has an activation.
+  bool keeps(int64_t layer) const { return layer < last() || activations[layer] != 0; }
+  int64_t scratch_size() const { return e.padded(rows) * widest; }
+  double weight_of(int64_t k) const { return combine.empty() ? 1.0 : combine[size_t(k)]; }
+
+  const void* matrix(int64_t layer, int64_t k) const {
+    const int64_t n = widths[layer] * widths[layer + 1];
+    return e.at(const_cast<void*>(weights[layer].const_data_ptr()), k * n);
+  }
+  // Rows from which a product with a transposed copy of W is faster by more than the copy; its bits
+  // are the same.
+  bool turns() const { return out_first && rows >= 64 && !e.fixed; }
+  int64_t turned_size() const {
+    int64_t n = 0;
+    for (int64_t l = 0; turns() && l < layers; ++l) n += widths[l] * widths[l + 1];
+    return n;
+  }
+  void turn(int64_t k, void* to) const {
+    for (int64_t l = 0; turns() && l < layers; ++l) {
+      const int64_t in = widths[l], out = widths[l + 1];
+      e.run.transpose(matrix(l, k), to, out, in, 0, ceil_div(out, 16));
+      to = e.at(to, in * out);
+    }
+  }
+  // W of a layer as (I, O), for forward, or as (O, I), for the way back.
+  Matrix right(int64_t layer, int64_t k, bool back) const {
+    const int64_t in = widths[layer], out = widths[layer + 1];
+    const Matrix m = out_first ? Matrix{matrix(layer, k), out, in, in, 1}
+                               : Matrix{matrix(layer, k), in, out, out, 1};
+    return back == out_first ? m : Matrix{m.data, m.columns, m.rows, m.column_step, m.row_step};
+  }
+  // Rows [begin, begin + count) of x as member k sees them: where they lie, or as a tile in
+  // scratch.
+  Matrix input(const void* x, int64_t k, int64_t begin, int64_t count, int64_t padded,
+               void* scratch) const {
+    const int64_t in = widths[0], step = shared ? in : members * in;
+    const void* from = e.at_stored(x, (shared ? begin : begin * members + k) * in);
+    if (e.stored_as_tile && count == padded) return {from, count, in, step, 1};
+    run.gather(from, step, scratch, count, padded, in, 1.0);
+    return {scratch, padded, in, in, 1};
+  }
+};
+
+std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weights,
+                                        const Tensors& biases_in, std::vector<int64_t> activations,
+                                        bool out_first, const OptTensor& combine, bool save) {
+  const Tensor x = dense(x_in);
+  const MlpPlan n(x, weights, std::move(activations), out_first, combine);
+  const Engine& e = n.e;
+  const bool sums = !n.combine.empty();
+  using Shape = std::vector<int64_t>;
+  Tensor y = empty_like(x, sums ? Shape{n.items, n.out()} : Shape{n.items, n.members, n.out()});
+  Tensors saved, biases;
+  for (int64_t l = 0; save && l < n.layers; ++l)
+    if (n.keeps(l)) saved.push_back(empty_like(x, {n.items * n.members * n.widths[l + 1]}));
+  for (const Tensor& b : biases_in) biases.push_back(as(b, e.real));
+  if (n.items == 0) return {y, saved};
+  const int64_t groups = !sums ? n.members : n.members < kMlpGroups ? n.members : kMlpGroups;
+  const int64_t of_group = ceil_div(n.members, groups);
+  Tensor parts = e.scratch(x, sums ? groups * n.items * n.out() : 0, true);
+  const void* xp = x.const_data_ptr();
+  parallel_for(0, groups * n.tiles, 1, [&](int64_t first, int64_t end) {
+    Tensor one = e.scratch(x, n.scratch_size()), two = e.scratch(x, n.scratch_size());
+    Tensor turned = e.scratch(x, n.turned_size());
+    int64_t ready = -1;  // the member whose transposed weights are there
+    for (int64_t t = first; t < end; ++t) {
+      const int64_t group = t / n.tiles, begin = t % n.tiles * n.rows;
+      const int64_t count = begin + n.rows < n.items ? n.rows : n.items - begin;
+      const int64_t padded = e.padded(count), from = group * of_group;
+      void* sum = e.at_real(parts.mutable_data_ptr(), (group * n.items + begin) * n.out());
+      if (from >= n.members) std::memset(sum, 0, size_t(count * n.out() * e.real_size));
+      for (int64_t k = from; k < from + of_group && k < n.members; ++k) {
+        void *here = one.mutable_data_ptr(), *next = two.mutable_data_ptr();
+        Matrix left = n.input(xp, k, begin, count, padded, here);
+        if (ready != k) n.turn(k, turned.mutable_data_ptr());
+        ready = k;
+        void* w = turned.mutable_data_ptr();
+        for (int64_t l = 0; l < n.layers; ++l) {
+          const int64_t width = n.widths[l + 1], row = k * n.items + begin;
+          const int64_t in = n.widths[l];
+          e.product({next, width}, left,
+                    n.turns() ? Matrix{w, in, width, width, 1} : n.right(l, k, false));
+          w = e.at(w, in * width);
+          const void* bias =
+              biases.empty() ? nullptr
+                             : e.at_real(const_cast<void*>(biases[l].const_data_ptr()), k * width);
+          void* keep = save && n.keeps(l)
+                           ? static_cast<char*>(saved[l].mutable_data_ptr()) + row * width * e.size
+                           : nullptr;
+          n.run.finish(next, bias, keep, count, width, int(n.activations[l]));
+          left = {next, padded, width, width, 1};
+          std::swap(here, next);
+        }
+        if (sums)
+          n.run.blend(here, sum, count * n.out(), n.weight_of(k), k == from);
+        else
+          n.run.scatter(
+              here,
+              static_cast<char*>(y.mutable_data_ptr()) + (begin * n.members + k) * n.out() * e.size,
+              n.members * n.out(), count, n.out());
+      }
+    }
+  });
+  if (sums) {
+    const int64_t size = n.items * n.out();
+    Tensor total = x.scalar_type() == e.real ? y : e.scratch(x, size, true);
+    sum_parts(e, parts.const_data_ptr(), total.mutable_data_ptr(), groups, size);
+    if (x.scalar_type() != e.real) e.run.round(total.const_data_ptr(), y.mutable_data_ptr(), size);
+  }
+  return {y, saved};
+}
+
+Tensor ensemble_mlp(const Tensor& x, const Tensors& weights, const Tensors& biases,
+                    std::vector<int64_t> activations, bool out_first, OptTensor combine) {
+  return std::get<0>(
+      mlp_forward(x, weights, biases, std::move(activations), out_first, combine, false));
+}
+std::tuple<Tensor, Tensors> ensemble_mlp_saved(const Tensor& x, const Tensors& weights,
+                                               const Tensors& biases,
+                                               std::vector<int64_t> activations, bool out_first,
+                                               OptTensor combine) {
+  return mlp_forward(x, weights, biases, std::move(activations), out_first, combine, true);
+}
+
+struct MlpBackward {
+  const MlpPlan& n;
+  const Tensor &dy, &x;
+  const Tensors& saved;
+  bool need_x, need_parameters;
+  int64_t pieces;
+  Tensors dw, db;  // (pieces, K, ...) sums
+  void* dx;        // rows of members, or of a shared x the sums of groups of members
+
+  const void* saved_rows(int64_t l, int64_t row) const {
+    return n.e.at_stored(saved[l].const_data_ptr(), row * n.widths[l + 1]);
+  }
+
+  // One tile of member k, from dy down to x. `tile` tells the first of a sum over tiles.
+  void step(int64_t k, int64_t begin, int64_t piece, bool first, void* here, void* next,
+            void* input, void* part) const {
+    const Engine& e = n.e;
+    const int64_t count = begin + n.rows < n.items ? n.rows : n.items - begin;
+    const int64_t padded = e.padded(count), row = k * n.items + begin, out = n.out();
+    const bool sums = !n.combine.empty();
+    n.run.gather(e.at_stored(dy.const_data_ptr(), (sums ? begin : begin * n.members + k) * out),
+                 sums ? out : n.members * out, here, count, padded, out, n.weight_of(k));
+    for (int64_t l = n.last(); l >= 0; --l) {
+      const int64_t in = n.widths[l], width = n.widths[l + 1], numel = in * width;
+      void* db_row = need_parameters
+                         ? e.at_real(db[l].mutable_data_ptr(), (piece * n.members + k) * width)
+                         : nullptr;
+      if (db_row && first) std::memset(db_row, 0, size_t(width * e.real_size));
+      n.run.delta(here, n.keeps(l) ? saved_rows(l, row) : nullptr, db_row, count, width,
+                  int(n.activations[l]));
+      if (need_parameters) {
+        Matrix h;
+        if (l == 0) {
+          h = n.input(x.const_data_ptr(), k, begin, count, count, input);
+        } else if (e.stored_as_tile && n.activations[l - 1] < 2) {
+          h = {saved_rows(l - 1, row), count, in, in, 1};
+        } else {
+          n.run.revive(saved_rows(l - 1, row), input, count * in, int(n.activations[l - 1]));
+          h = {input, count, in, in, 1};
+        }
+        const Matrix h_turned{h.data, in, count, 1, h.row_step};
+        void* to = e.at_real(dw[l].mutable_data_ptr(), (piece * n.members + k) * numel);
+        const bool direct = first && e.tile == e.real;
+        void* product = direct ? to : part;
+        if (n.out_first)
+          e.product({product, in}, {here, width, count, 1, width}, h);
+        else
+          e.product({product, width}, h_turned, {here, count, width, width, 1});
+        if (!direct) n.run.blend(product, to, numel, 1.0, first);
+      }
+      if (l == 0 && !need_x) return;
+      e.product({next, in}, {here, padded, width, width, 1}, n.right(l, k, true));
+      std::swap(here, next);
+    }
+    const int64_t in = n.widths[0];
+    if (!n.shared)
+      n.run.scatter(here, static_cast<char*>(dx) + (begin * n.members + k) * in * e.size,
+                    n.members * in, count, in);
+    else
+      n.run.blend(here, e.at_real(input_sum, begin * in), count * in, 1.0, first_member);
+  }
+  void* input_sum = nullptr;  // of the group at work
+  bool first_member = true;
+};
+
+std::tuple<Tensor, Tensors, Tensors> ensemble_mlp_backward(const Tensor& dy_in, const Tensor& x_in,
+                                                           const Tensors& weights,
+                                                           const Tensors& saved,
+                                                           std::vector<int64_t> activations,
+                                                           bool out_first, OptTensor combine,
+                                                           bool need_x, bool need_parameters) {
+  const Tensor dy = dense(dy_in), x = dense(x_in);
+  const MlpPlan n(x, weights, std::move(activations), out_first, combine);
+  const Engine& e = n.e;
+  const bool sums = n.shared && need_x;
+  const int64_t groups = sums && n.members > kMlpGroups ? kMlpGroups : n.members;
+  const int64_t of_group = ceil_div(n.members, groups);
+  const int64_t wanted = ceil_div(kMlpTasks, groups);
+  const int64_t pieces = n.tiles < 1 ? 1 : n.tiles < wanted ? n.tiles : wanted;
+  Tensors dense_saved;
+  for (const Tensor& t : saved) dense_saved.push_back(dense(t));
+  Tensor dx = empty_like(x, need_x ? sizes_of(x) : std::vector<int64_t>{0});
+  Tensor dx_parts = e.scratch(x, sums ? groups * n.items * n.widths[0] : 0, true);
+  Tensors dweights, dbiases, dw, db;
+  for (int64_t l = 0; need_parameters && l < n.layers; ++l) {
+    dweights.push_back(empty_like(x, sizes_of(weights[l]), e.real));
+    dbiases.push_back(empty_like(x, {n.members, n.widths[l + 1]}, e.real));
+    dw.push_back(pieces == 1 ? dweights[l] : e.scratch(x, pieces * dweights[l].numel(), true));
+    db.push_back(pieces == 1 ? dbiases[l] : e.scratch(x, pieces * dbiases[l].numel(), true));
+    if (n.items > 0) continue;
+    std::memset(dweights[l].mutable_data_ptr(), 0, size_t(dweights[l].numel() * e.real_size));
+    std::memset(dbiases[l].mutable_data_ptr(), 0, size_t(dbiases[l].numel() * e.real_size));
+  }
+  int64_t largest = 0;
+  for (int64_t l = 0; l < n.layers; ++l)
+    if (n.widths[l] * n.widths[l + 1] > largest) largest = n.widths[l] * n.widths[l + 1];
+  if (n.items > 0)
+    parallel_for(0, groups * pieces, 1, [&](int64_t begin, int64_t end) {
+      Tensor scratch = e.scratch(x, 3 * n.scratch_size() + (need_parameters ? largest : 0));
+      void* at[4];
+      for (int64_t i = 0; i < 4; ++i)
+        at[i] = e.at(scratch.mutable_data_ptr(), i * n.scratch_size());
+      MlpBackward call{n,      dy,
+                       x,      dense_saved,
+                       need_x, need_parameters,
+                       pieces, dw,
+                       db,     need_x ? dx.mutable_data_ptr() : nullptr};
+      for (int64_t t = begin; t < end; ++t) {
+        const int64_t group = t / pieces, piece = t % pieces, from = group * of_group;
+        const int64_t tile = piece * n.tiles / pieces, stop = (piece + 1) * n.tiles / pieces;
+        call.input_sum = e.at_real(dx_parts.mutable_data_ptr(), group * n.items * n.widths[0]);
+        for (int64_t k = from; k < from + of_group && k < n.members; ++k) {
+          call.first_member = k == from;
+          for (int64_t i = tile; i < stop; ++i)
+            call.step(k, i * n.rows, piece, i == tile, at[0], at[1], at[2], at[3]);
+        }
+      }
+    });
+  for (int64_t l = 0; need_parameters && l < n.layers; ++l) {
+    if (pieces > 1 && n.items > 0) {
+      sum_parts(e, dw[l].const_data_ptr(), dweights[l].mutable_data_ptr(), pieces,
+                dweights[l].numel());
+      sum_parts(e, db[l].const_data_ptr(), dbiases[l].mutable_data_ptr(), pieces,
+                dbiases[l].numel());
+    }
+    dweights[l] = as(dweights[l], weights[l].scalar_type());
+  }
+  if (sums && dx.numel() > 0) {
+    const bool apart = x.scalar_type() != e.real;
+    Tensor total = apart ? e.scratch(x, dx.numel(), true) : dx;
+    const int64_t full = ceil_div(n.members, of_group);  // groups with a member
+    sum_parts(e, dx_parts.const_data_ptr(), total.mutable_data_ptr(), full, dx.numel());
+    if (apart) e.run.round(total.const_data_ptr(), dx.mutable_data_ptr(), dx.numel());
+  }
+  return {dx, dweights, dbiases};
+}
+
+}  // namespace
+}  // namespace ensemble
+
+STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {
+  m.impl("ensemble_mlp", TORCH_BOX(&ensemble::ensemble_mlp));
+  m.impl("ensemble_mlp_saved", TORCH_BOX(&ensemble::ensemble_mlp_saved));
+  m.impl("ensemble_mlp_backward", TORCH_BOX(&ensemble::ensemble_mlp_backward));
+}
+
+}  // namespace solera
+#endif  // SOLERA_FRONT
