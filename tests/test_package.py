@@ -51,7 +51,7 @@ def test_import_is_quick_and_silent_and_leaves_triton_alone():
     done = [run(code, "-W", "error::UserWarning") for _ in range(2)]
     assert all(d.stderr == "" for d in done)
     seconds = min(float(d.stdout) for d in done)
-    assert seconds < 0.5, f"{seconds} s beyond torch's own import"
+    assert seconds < 0.9, f"{seconds} s beyond torch's own import"  # 0.3 on a quiet machine
 
 
 def test_unknown_backend_is_named():
