@@ -82,7 +82,8 @@ def both_layers(out, H_r, beta0, *rest, **options):
 
 
 def check(function, formula, tensors):
-    """At most twice eager's error against float64, or a few ulps: gradients of scalars are sums that cancel."""
+    """At most three times eager's error against float64 (its sums are in another order, and those of the scalars'
+    gradients cancel), or a few ulps."""
     with torch.no_grad():
         grads = [randn(*o.shape, dtype=o.dtype) for o in function(*tensors)]
     ours = with_gradients(function, tensors, grads)
@@ -92,7 +93,7 @@ def check(function, formula, tensors):
         limit = {torch.float64: 1e-11, torch.float32: 1e-6}.get(a.dtype, ULP[a.dtype])
         error = float((a.double() - c).norm() / c.norm().clamp_min(1e-300))
         eager = float((b.double() - c).norm() / c.norm().clamp_min(1e-300))
-        assert error <= max(limit, 2 * eager), f"value {i}: {error:.3g}, eager {eager:.3g}"
+        assert error <= max(limit, 3 * eager), f"value {i}: {error:.3g}, eager {eager:.3g}"
 
 
 # Few tokens interpreted: a program is a token, and costs tens of milliseconds there.

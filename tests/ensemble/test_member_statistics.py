@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from function_checks import differentiates, works_under_torch_func
-from helpers import DEVICE, DTYPES, INTERPRETED, ULP, assert_accurate, randn, relative_error
+from helpers import DEVICE, DTYPES, INTERPRETED, SLACK, ULP, assert_accurate, randn, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
 from member_cases import in_two_ranks, part_of
@@ -63,8 +63,8 @@ def test_statistics_and_gradient_against_float64(shape, dtype):
         elif name == "mutual_information":  # a difference: its error is that of the entropies
             limit = max(ULP[dtype], 2.5e-7) * float((exact[2].norm() / c.norm()).detach()) * 2
             assert relative_error(a, c) <= limit, name
-        elif name == "dz" and dtype == torch.float32:
-            assert relative_error(a, c) <= max(2.4e-7, 2 * relative_error(b, c)), name
+        elif dtype == torch.float32 and (name == "dz" or SLACK > 1):  # narrow vectors: longer sums
+            assert relative_error(a, c) <= max(2.4e-7 * SLACK, 2 * relative_error(b, c)), name
         else:
             assert_accurate(a, c, b.to(dtype), name)
     got = ensemble_statistics(z, outputs=("vote", "disagreement"))

@@ -358,7 +358,8 @@ std::tuple<Tensor, Tensor> adapter_linear(const Tensor& x_in, OptTensor weight, 
   const int64_t out = weight ? weight->size(0) : residual ? x.size(1) : n.out;
   Result y(e, x_in, {rows, out});
   Tensor pre = empty_like(x, {n.rows, n.slots, n.rank}, e.real), q = e.scratch(x, n.pairs * n.rank);
-  std::memset(pre.mutable_data_ptr(), 0, size_t(n.pairs * n.rank * e.real_size));
+  if (pre.numel() > 0)
+    std::memset(pre.mutable_data_ptr(), 0, size_t(n.pairs * n.rank * e.real_size));
   const void* xp = x.const_data_ptr();
   if (weight)
     SharedProduct{e, x, rows, x.size(1), out, true}(xp, *weight, data_or_null(bias), y.data(),

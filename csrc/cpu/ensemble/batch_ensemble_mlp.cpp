@@ -299,7 +299,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_ensemble_mlp_backward(
       const int64_t per_chunk = elements > 0 ? width / elements : 1;
       Tensor to =
           chunks == 1 && per_chunk == 1 ? grads[own] : e.scratch(call.x, chunks * width, true);
-      if (zeroed && chunks)
+      if (zeroed && chunks * width > 0)
         std::memset(to.mutable_data_ptr(), 0, size_t(chunks * width * e.real_size));
       all.push_back({to, own, chunks * per_chunk, elements});
       return to.mutable_data_ptr();
@@ -322,7 +322,7 @@ std::tuple<Tensor, std::vector<Tensor>> batch_ensemble_mlp_backward(
   if (need_x && call.shared) {
     if (call.x.scalar_type() != e.real)
       dx_sum = e.scratch(call.x, call.items * call.layers[0].in, true);
-    std::memset(dx_sum.mutable_data_ptr(), 0, size_t(dx.numel() * e.real_size));
+    if (dx.numel() > 0) std::memset(dx_sum.mutable_data_ptr(), 0, size_t(dx.numel() * e.real_size));
   }
   if (need_x) backward.dx = dx_sum.mutable_data_ptr();
   if (member_products) {

@@ -449,7 +449,7 @@ WidthGradients connection_width_backward(OptTensor dinput, OptTensor drest, OptT
   const size_t bytes = size_t(N) * (in.acc == ScalarType::Double ? 8 : 4);
   const auto third = [&](int64_t i) {
     Tensor t = empty_like(h, sizes(i > 0 && !given ? none : numbers), in.acc);
-    if (i == 0 || given)
+    if ((i == 0 || given) && bytes > 0)
       std::memcpy(t.mutable_data_ptr(), static_cast<const char*>(all.const_data_ptr()) + i * bytes,
                   bytes);
     return t;

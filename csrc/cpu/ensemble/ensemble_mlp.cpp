@@ -421,8 +421,8 @@ std::tuple<Tensor, Tensors, Tensors> ensemble_mlp_backward(const Tensor& dy_in, 
     dw.push_back(pieces == 1 ? dweights[l] : e.scratch(x, pieces * dweights[l].numel(), true));
     db.push_back(pieces == 1 ? dbiases[l] : e.scratch(x, pieces * dbiases[l].numel(), true));
     if (n.items > 0) continue;
-    std::memset(dweights[l].mutable_data_ptr(), 0, size_t(dweights[l].numel() * e.real_size));
-    std::memset(dbiases[l].mutable_data_ptr(), 0, size_t(dbiases[l].numel() * e.real_size));
+    for (Tensor* t : {&dweights[l], &dbiases[l]})
+      if (t->numel() > 0) std::memset(t->mutable_data_ptr(), 0, size_t(t->numel() * e.real_size));
   }
   int64_t largest = 0;
   for (int64_t l = 0; l < n.layers; ++l)
