@@ -245,6 +245,7 @@ struct Adapters {
   void gather(const void* x, const int64_t* pairs, int64_t count, int64_t padded, int64_t slots,
               int64_t stride, int64_t first, int64_t width, void* tile) const {
     const size_t bytes = size_t(width * e.tile_size);
+    if (bytes == 0) return;
     for (int64_t j = 0; j < count; ++j)
       std::memcpy(e.at(tile, j * width),
                   e.at(const_cast<void*>(x), pairs[j] / slots * stride + first), bytes);
@@ -306,6 +307,7 @@ struct Adapters {
   // out_e = sum over its pairs of v[p] x[row of p]^T (rank, width), or its transpose.
   void outer(const void* v, const void* x, int64_t width, void* out, bool turned) const {
     const int64_t blocks = ceil_div(width, kOuterColumns);
+    if (n.rank == 0) return;
     tasks(n.experts * blocks, [&](int64_t begin, int64_t end) {
       Tensor left = e.scratch(like, kOuterRows * n.rank),
              right = e.scratch(like, kOuterRows * kOuterColumns),

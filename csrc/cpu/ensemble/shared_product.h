@@ -79,7 +79,8 @@ struct SharedProduct {
   void rest(const void* x, int64_t row, int64_t count, int64_t unit, const Matrix& right, int64_t c,
             int64_t w, Tensor& scratch, void* y) const {
     void *tile = scratch.mutable_data_ptr(), *out = e.at(tile, unit * from);
-    std::memcpy(tile, e.at(const_cast<void*>(x), row * from), size_t(count * from * e.tile_size));
+    if (from > 0)
+      std::memcpy(tile, e.at(const_cast<void*>(x), row * from), size_t(count * from * e.tile_size));
     std::memset(e.at(tile, count * from), 0, size_t((unit - count) * from * e.tile_size));
     e.product({out, w}, {tile, unit, from, from, 1}, right);
     for (int64_t j = 0; j < count; ++j)
