@@ -132,6 +132,8 @@ def _case(kind: str, tokens: int, n: int, D: int, dtype, device: str) -> Case:
         peers=peers,
         bytes=tokens * D * H.element_size() * rows,
         saved_bytes=sum(kept),
+        # The gradients of the two scales are one number each out of 8192 tokens' sums, which cancel.
+        tolerance=6e-7 if dtype == torch.float32 else None,
         floor_note="streams once each way for width and for depth",
     )
 

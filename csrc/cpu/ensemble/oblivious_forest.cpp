@@ -72,8 +72,13 @@ struct Forest {
       strips<L>(O, [&](int64_t o, int c) {
         const T* from = (const T*)leaves + o;
         V total{};
-        for (int64_t k = 0; k < n.trees; ++k, from += step)
-          if (at[k] >= 0 && at[k] < n.leaves) total += lanes_of(from + at[k] * O, c);
+        for (int64_t first = 0; first < n.trees; first += 32) {  // one long chain would round more
+          const int64_t last = first + 32 < n.trees ? first + 32 : n.trees;
+          V part{};
+          for (int64_t k = first; k < last; ++k, from += step)
+            if (at[k] >= 0 && at[k] < n.leaves) part += lanes_of(from + at[k] * O, c);
+          total += part;
+        }
         set_lanes((T*)out + b * O + o, total, c);
       });
     }
