@@ -11,6 +11,7 @@ FIXED, HYPER, MANIFOLD = 0, 1, 2
 
 
 def streams_of(h: Tensor, out: Tensor | None, out_beta: Tensor | None) -> Tensor:
+    """The streams in the accumulator's type, the last layer's output added where there is one."""
     v = h.to(accumulate_type(h))
     if out is None or out_beta is None:
         return v
@@ -36,6 +37,7 @@ def _sinkhorn(t: Tensor, iterations: int) -> tuple[Tensor, list[tuple[int, Tenso
 def manifold_coefficients(
     t: Tensor, n: int, iterations: int
 ) -> tuple[Tensor, list[tuple[int, Tensor]]]:
+    """Coefficients (O, I, n, n + 2) of mHC from the scaled logits, and the steps of their Sinkhorn."""
     m, steps = _sinkhorn(t[..., 2 * n :].unflatten(-1, (n, n)), iterations)
     pre, post = torch.sigmoid(t[..., :n]), 2 * torch.sigmoid(t[..., n : 2 * n])
     return torch.cat([pre.unsqueeze(-1), m.mT, post.unsqueeze(-1)], -1), steps

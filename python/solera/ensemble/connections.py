@@ -67,6 +67,7 @@ MOST_STREAMS = 16
 def width_reference(
     h, out, out_beta, projection, constant, fixed, scale, kind, centred, tanh, eps, iterations
 ):
+    """(h_in, H_r, beta, z, mean, rstd): what `connection_width` computes."""
     n = h.shape[1]
     v = streams_of(h, out, out_beta)
     z = mean = rstd = v.new_empty(0)
@@ -132,6 +133,7 @@ def _connection_width_backward(
 
 
 def depth_reference(out, h, beta):
+    """The streams with the layer's output added by its weights."""
     return streams_of(h, out, beta).to(h.dtype)
 
 

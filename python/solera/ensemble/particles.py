@@ -85,6 +85,7 @@ def fkc_reference(x, scores, betas, drift, divergence, noise, drift_rate, sigma,
 
 @reference("afdps_step")
 def afdps_reference(x, b, grad_mu, lap_mu, noise, sigma, dt):
+    """(x', dlogw): what `afdps_step` computes."""
     acc = accumulate_type(x)
     g, prior = grad_mu.to(acc), b.to(acc)
     rate = (g * (0.5 * sigma**2 * g - prior)).sum(-1)

@@ -122,6 +122,7 @@ class _PromptScores(torch.autograd.Function):
 
 
 def check_texts(texts: object) -> Tensor:
+    """texts of shape (P, C, D) with at least one class."""
     t = _check.tensor("texts", texts, dim=3)
     if t.shape[1] == 0:
         raise ValueError(f"texts: expected at least one class, got shape {tuple(t.shape)}")

@@ -199,11 +199,13 @@ _plain: Any = SimpleNamespace(
 
 @reference("online_norm")
 def online_norm_reference(x, weight, bias, m, v, alpha, eps):
+    """(y, moments and states): what the op `online_norm` computes, pass by pass."""
     return forward_by_passes(_plain, x, weight, bias, m, v, alpha, eps)
 
 
 @reference("online_norm_backward")
 def online_norm_backward_reference(dy, x, weight, mean, var, ms, vs, u, w, alpha, eps, need_x):
+    """The gradients of the op `online_norm`, pass by pass."""
     return backward_by_passes(
         _plain, dy, x, weight, None, mean, var, ms, vs, u, w, alpha, eps, need_x
     )
