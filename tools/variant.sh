@@ -18,6 +18,7 @@ case $variant in sanitize | generic | isa) ;; *) echo "no such variant: $variant
 
 # What checks values and memory; compilers, interpreters and packaging have their own stage.
 tests=(--ignore=tests/test_ahead_of_time.py --ignore=tests/test_package.py --ignore=tests/test_bench.py)
+tests+=(--ignore=tests/test_papers.py)
 tests+=(-m "not inductor and not slow" -k "not compile and not opcheck")
 export PYTHONPATH=$root/tools
 tests+=(-p brief_hypothesis --hypothesis-profile=brief -p no:cacheprovider --capture=sys)

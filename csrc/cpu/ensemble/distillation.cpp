@@ -51,7 +51,7 @@ SOLERA_INLINE Target<T> scan_target(int64_t width, const V& value, const S& stud
     const A<T> top = out.sum.top;
     AccVec<T> w0{}, w1{}, s0{}, s1{};
     const auto add = [&](int64_t j, int n, AccVec<T>& s, AccVec<T>& w) {
-      const AccVec<T> x = keep<T>(soft_exp(value(j, n) - top), n);
+      const AccVec<T> x = keep<T>(natural_exp(value(j, n) - top), n);
       if (kKeep) put((A<T>*)e + j, x, n);
       s += x;
       w += x > 0 ? x * student(j, n) : AccVec<T>{};
@@ -77,7 +77,7 @@ template <class T, class F>
 SOLERA_INLINE void each_block(int64_t width, const Target<T>& t, const A<T>* tops, const F& body) {
   int64_t block = 0;
   mixture_blocks(width, [&](int64_t first, int64_t count) {
-    body(first, count, scalar_exp(tops[block++] - t.sum.top) / t.sum.sum);
+    body(first, count, natural_exp_one(tops[block++] - t.sum.top) / t.sum.sum);
   });
 }
 
@@ -185,7 +185,7 @@ void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t en
       const bool streaming = p.streaming && can_stream(out);
       const A<T> factor = it * scale;
       strips<L>(width, [&](int64_t j, int n) {
-        const V softmax = soft_exp(student(j, n) - total) * share;
+        const V softmax = natural_exp(student(j, n) - total) * share;
         put(out + j, (softmax - get(q + j, n)) * factor, n, streaming);
       });
     }

@@ -53,9 +53,6 @@ struct MixtureTable {
 namespace SOLERA_ISA {
 namespace {
 
-SOLERA_INLINE vf natural_log(vf x) { return fast_log2(x) * 0.693147180559945309f; }
-SOLERA_INLINE vd natural_log(vd x) { return fast_log2(x) * 0.693147180559945309; }
-
 // Item i is row i % rows of model i / rows.
 template <class T>
 void scores(const MixtureScores& p, int64_t begin, int64_t end) {
@@ -92,11 +89,11 @@ void scores_backward(const MixtureScoresBackward& p, int64_t begin, int64_t end)
     const A<T> top = ((const A<T>*)p.top)[i], total = ((const A<T>*)p.log_total)[i];
     const bool streaming = p.streaming && can_stream(out);
     strips<L>(p.width, [&](int64_t j, int n) {
-      put(out + j, soft_exp((get(x + j, n) - top) - total) * -d, n, streaming);
+      put(out + j, natural_exp((get(x + j, n) - top) - total) * -d, n, streaming);
     });
     if (y < p.width) {
       AccVec<T> at{};
-      at[0] = d - d * soft_exp((get(x + y, 1) - top) - total)[0];
+      at[0] = d - d * natural_exp((get(x + y, 1) - top) - total)[0];
       if (p.streaming) stream_fence();
       put(out + y, at, 1);
     }
@@ -136,7 +133,7 @@ struct Combination {
   // v of columns [first, first + count) into out.
   SOLERA_INLINE void values(int64_t first, int64_t count, A<T>* out) {
     constexpr int L = kLanes<T>;
-    const A<T> lowest = lowest_number(A<T>());
+    const A<T> lowest = lowest_of(A<T>());
     if (p.kind != kMixProbability) {
       for (int64_t m = 0; m < members; ++m) {
         const T* x = logits(m) + first;
@@ -155,7 +152,7 @@ struct Combination {
       });
     for (int64_t m = 0; m < members; ++m)
       strips<L>(count, [&](int64_t j, int n) {
-        AccVec<T> sum = soft_exp(log_p(m, first + j, n) - get(mx + j, n)) * w[m];
+        AccVec<T> sum = natural_exp(log_p(m, first + j, n) - get(mx + j, n)) * w[m];
         if (m) sum += get(out + j, n);
         put(out + j, sum, n);
       });
@@ -241,7 +238,8 @@ void combine_backward(const MixtureCombineBackward& g, void* scratch, int64_t be
       c.kept(first, count, [&](int64_t j, int n, V mask) {
         V d = get(dy + first + j, n);
         if (p.normalize)
-          d -= whole * soft_exp((get(block + j, n) * it - c.top(c.members)) - c.total(c.members));
+          d -=
+              whole * natural_exp((get(block + j, n) * it - c.top(c.members)) - c.total(c.members));
         d = mask == 0 ? V{} : d * it;
         put(dv + first + j, d, n);
         sum += keep<T>(d, n);
@@ -257,14 +255,14 @@ void combine_backward(const MixtureCombineBackward& g, void* scratch, int64_t be
         // p_m e^-v dv; the exponent is capped where a weight of 0 leaves v far below log p_m.
         const auto share = [&](int64_t j, int n) {
           const V d = get(dv + j, n);
-          const V ratio = soft_exp(at_most(A<T>(80), c.log_p(m, j, n) - get(v + j, n)));
+          const V ratio = natural_exp(at_most(A<T>(80), c.log_p(m, j, n) - get(v + j, n)));
           return d == 0 ? V{} : ratio * d;
         };
         const A<T> found = row_sum<T>(p.width, [&](int64_t j, int n) { return share(j, n); });
         if (g.dweights) *dweight = found;
         if (g.dlogits)
           strips<L>(p.width, [&](int64_t j, int n) {
-            put(out + j, (share(j, n) - soft_exp(c.log_p(m, j, n)) * found) * w, n);
+            put(out + j, (share(j, n) - natural_exp(c.log_p(m, j, n)) * found) * w, n);
           });
         continue;
       }
@@ -277,7 +275,7 @@ void combine_backward(const MixtureCombineBackward& g, void* scratch, int64_t be
       if (g.dlogits)
         strips<L>(p.width, [&](int64_t j, int n) {
           V d = get(dv + j, n);
-          if (log_p) d -= soft_exp(c.log_p(m, j, n)) * slope;
+          if (log_p) d -= natural_exp(c.log_p(m, j, n)) * slope;
           put(out + j, d * w, n);
         });
     }

@@ -1,8 +1,8 @@
 // Rows of member logits as the kernels take them (python/solera/ensemble/_logits.py has the same on
-// its floor), and the natural exponential and logarithm that their softmaxes need.
+// its floor).
 #pragma once
 
-#include "../exponential.h"
+#include "../natural.h"
 #include "../strips.h"
 
 namespace solera {
@@ -21,50 +21,6 @@ template <class T>
 SOLERA_INLINE const T* member_row(const MemberRows& rows, int64_t n, int64_t k) {
   return (const T*)rows.at[k] + n * rows.stride[k];
 }
-
-// e^u for u <= 0 or a little above: u = n ln 2 + t with ln 2 in two parts, so that the error does
-// not grow with |u|, then Cephes' polynomial. Below the smallest normal number 0; NaN stays NaN.
-SOLERA_INLINE vf natural_exp(vf u) {
-#if defined(__AVX512F__)
-  // What is too small, -inf with it, is masked away at the end: no clamp, no assist for subnormals.
-  const __mmask16 normal = _mm512_cmp_ps_mask((__m512)u, (__m512)splat(-87.3f), _CMP_NLT_UQ);
-  const vf x = u;
-  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
-#else
-  const vf x = at_least(-104.0f, u);
-  const vf magic = splat(12582912.0f);
-  const vf n = rounded(x * 1.44269504f + magic) - magic;
-#endif
-  const vf t = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * t + 1.3981999507e-3f;
-  p = p * t + 8.3334519073e-3f;
-  p = p * t + 4.1665795894e-2f;
-  p = p * t + 1.6666665459e-1f;
-  p = p * t + 5.0000001201e-1f;
-  p = p * (t * t) + t + 1.0f;
-#if defined(__AVX512F__)
-  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
-#else
-  const vf y = bits_as<vf>(bits_as<vi>(p) + (__builtin_convertvector(n, vi) << 23));
-  const vf low = u < -87.3f ? splat(0.0f) : y;
-  return u == u ? low : u;
-#endif
-}
-SOLERA_INLINE vd natural_exp(vd u) { return expv(u); }
-
-// log of a positive normal number.
-SOLERA_INLINE vf natural_log(vf x) { return fast_log2(x) * 0.69314718055994531f; }
-SOLERA_INLINE vd natural_log(vd x) { return fast_log2(x) * 0.69314718055994531; }
-
-SOLERA_INLINE float natural_exp_one(float u) { return __builtin_expf(u); }
-SOLERA_INLINE double natural_exp_one(double u) { return __builtin_exp(u); }
-SOLERA_INLINE float natural_log_one(float u) { return __builtin_logf(u); }
-SOLERA_INLINE double natural_log_one(double u) { return __builtin_log(u); }
-SOLERA_INLINE float lowest_of(float) { return -__FLT_MAX__; }
-SOLERA_INLINE double lowest_of(double) { return -__DBL_MAX__; }
-SOLERA_INLINE float smallest_normal(float) { return __FLT_MIN__; }
-SOLERA_INLINE double smallest_normal(double) { return __DBL_MIN__; }
 
 constexpr int64_t kMemberBlock = 1024;  // columns that stay in L1 between a block's two passes
 

@@ -1,7 +1,7 @@
 // Rows of K models' logits, as the cores logit_mixture and distillation read them: in blocks that
 // stay in L1 between a block's maximum and its exponentials, so memory is read once.
 #pragma once
-#include "../exponential.h"
+#include "../natural.h"
 #include "../strips.h"
 
 namespace solera {
@@ -17,44 +17,6 @@ struct MixtureMembers {
 
 namespace SOLERA_ISA {
 namespace {
-
-// e^u for u <= 80, exactly 1 at 0 and exactly 0 below the normal numbers; NaN stays NaN. u = n ln 2
-// + t with ln 2 in two parts, so that the error does not grow with |u|; Cephes' polynomial.
-// Gradients are differences of such values: fast_exp2's 7.5e-8 would show in them. AVX-512 leaves
-// subnormal results to the unit: the kernels run with FlushSubnormals.
-SOLERA_INLINE vf soft_exp(vf u) {
-  const vf x = at_least(-104.0f, u);
-#if defined(__AVX512F__)
-  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
-#else
-  const vf magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vf n = rounded(x * 1.44269504f + magic) - magic;
-#endif
-  const vf t = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * t + 1.3981999507e-3f;
-  p = p * t + 8.3334519073e-3f;
-  p = p * t + 4.1665795894e-2f;
-  p = p * t + 1.6666665459e-1f;
-  p = p * t + 5.0000001201e-1f;
-  p = p * (t * t) + t + 1.0f;
-#if defined(__AVX512F__)
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  const vf y = bits_as<vf>(bits_as<vi>(p) + (__builtin_convertvector(n, vi) << 23));
-  return u < -87.3f ? splat(0.0f) : (u == u ? y : u);
-#endif
-}
-SOLERA_INLINE vd soft_exp(vd u) {
-  const vd v = u * 1.44269504088896341, y = fast_exp2(v);
-  return v < -1022.0 ? splat(0.0) : y;
-}
-SOLERA_INLINE float scalar_exp(float u) { return __builtin_expf(u); }
-SOLERA_INLINE double scalar_exp(double u) { return __builtin_exp(u); }
-SOLERA_INLINE float scalar_log(float u) { return __builtin_logf(u); }
-SOLERA_INLINE double scalar_log(double u) { return __builtin_log(u); }
-SOLERA_INLINE float lowest_number(float) { return -__FLT_MAX__; }
-SOLERA_INLINE double lowest_number(double) { return -__DBL_MAX__; }
 
 template <class T>
 SOLERA_INLINE const T* member_row(const MixtureMembers& z, int64_t m, int64_t row) {
@@ -72,7 +34,7 @@ SOLERA_INLINE void mixture_blocks(int64_t width, const F& body) {
 template <class T, class V>
 SOLERA_INLINE A<T> block_max(int64_t count, const V& value) {
   constexpr int L = kLanes<T>;
-  const A<T> lowest = lowest_number(A<T>());
+  const A<T> lowest = lowest_of(A<T>());
   AccVec<T> m0 = splat(lowest), m1 = m0, m2 = m0, m3 = m0;
   int64_t j = 0;
   for (; j + 4 * L <= count; j += 4 * L) {
@@ -94,24 +56,24 @@ SOLERA_INLINE A<T> block_max(int64_t count, const V& value) {
 template <class T>
 struct RowSum {
   A<T> top, sum;
-  SOLERA_INLINE RowSum() : top(lowest_number(A<T>())), sum(0) {}
+  SOLERA_INLINE RowSum() : top(lowest_of(A<T>())), sum(0) {}
   // Raises top to `here`; returns the factor that sums so far were multiplied by.
   SOLERA_INLINE A<T> raise(A<T> here) {
     if (!(here > top)) return A<T>(1);
-    const A<T> factor = scalar_exp(top - here);
+    const A<T> factor = natural_exp_one(top - here);
     sum *= factor;
     top = here;
     return factor;
   }
-  SOLERA_INLINE A<T> log_total() const { return scalar_log(sum); }
+  SOLERA_INLINE A<T> log_total() const { return natural_log_one(sum); }
 };
 
 template <class T, class V>
 SOLERA_INLINE void add_block(RowSum<T>& row, int64_t count, const V& value) {
   row.raise(block_max<T>(count, value));
   const A<T> top = row.top;
-  row.sum +=
-      row_sum<T>(count, [&](int64_t j, int n) { return keep<T>(soft_exp(value(j, n) - top), n); });
+  row.sum += row_sum<T>(
+      count, [&](int64_t j, int n) { return keep<T>(natural_exp(value(j, n) - top), n); });
 }
 
 // Maximum and sum of e^(scale x - maximum) of a row; scale > 0.
@@ -127,7 +89,7 @@ SOLERA_INLINE RowSum<T> sum_row(const T* x, int64_t width, A<T> scale) {
 
 template <class T>
 SOLERA_INLINE A<T> row_max(const T* x, int64_t width) {
-  A<T> top = lowest_number(A<T>());
+  A<T> top = lowest_of(A<T>());
   mixture_blocks(width, [&](int64_t first, int64_t count) {
     const T* from = x + first;
     const A<T> here = block_max<T>(count, [&](int64_t j, int n) { return get(from + j, n); });

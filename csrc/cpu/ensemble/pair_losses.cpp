@@ -3,6 +3,7 @@
 //
 // Bytes a row of M candidates: of the two matrices the 1 + k chosen entries are read; their
 // gradients, mostly zero, are written whole for the products that follow.
+#include "../natural.h"
 #include "../strips.h"
 
 namespace solera {
@@ -21,11 +22,6 @@ struct PairTable {
 
 namespace SOLERA_ISA {
 namespace {
-
-SOLERA_INLINE float natural_exp_one(float u) { return __builtin_expf(u); }
-SOLERA_INLINE double natural_exp_one(double u) { return __builtin_exp(u); }
-SOLERA_INLINE float natural_log_one(float u) { return __builtin_logf(u); }
-SOLERA_INLINE double natural_log_one(double u) { return __builtin_log(u); }
 
 template <class T>
 SOLERA_INLINE A<T> pair_at(const T* x, int64_t j) {

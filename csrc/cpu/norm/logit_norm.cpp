@@ -5,7 +5,7 @@
 // cache while a row fits there), the gradient reads it and writes one row. A row is walked in
 // blocks that stay in L1 between a block's two passes, so the exponentials see a maximum without a
 // second reading from memory.
-#include "../exponential.h"
+#include "../natural.h"
 #include "../strips.h"
 
 namespace solera {
@@ -46,40 +46,12 @@ namespace {
 
 constexpr int64_t kLogitBlock = 1024;
 
-// e^u for u <= 0 or a little above: u = n ln 2 + t with ln 2 in two parts, so that the error does
-// not grow with |u|, then Cephes' polynomial. Below the smallest normal number 0; NaN stays NaN.
-SOLERA_INLINE vf natural_exp(vf u) {
-  const vf x = at_least(-104.0f, at_most(89.0f, u));
-#if defined(__AVX512F__)
-  const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
-#else
-  const vf magic = splat(12582912.0f);
-  const vf n = rounded(x * 1.44269504f + magic) - magic;
-#endif
-  const vf t = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-  vf p = splat(1.9875691500e-4f);
-  p = p * t + 1.3981999507e-3f;
-  p = p * t + 8.3334519073e-3f;
-  p = p * t + 4.1665795894e-2f;
-  p = p * t + 1.6666665459e-1f;
-  p = p * t + 5.0000001201e-1f;
-  p = p * (t * t) + t + 1.0f;
-#if defined(__AVX512F__)
-  const vf y = (vf)_mm512_scalef_ps((__m512)p, (__m512)n);
-#else
-  const vf y = bits_as<vf>(bits_as<vi>(p) + (__builtin_convertvector(n, vi) << 23));
-#endif
-  const vf low = u < -87.3f ? splat(0.0f) : y;
-  return u > 88.7f ? splat(__builtin_inff()) : (u == u ? low : u);
+// The same for any u: a label's logit may lie far above the others' total.
+template <class V>
+SOLERA_INLINE V unbounded_exp(V u) {
+  const V y = natural_exp(at_most(88, u));
+  return u > 88 ? exp2v(u * 1.44269504088896341) : y;
 }
-SOLERA_INLINE vd natural_exp(vd u) { return expv(u); }
-
-SOLERA_INLINE float natural_exp_one(float u) { return __builtin_expf(u); }
-SOLERA_INLINE double natural_exp_one(double u) { return __builtin_exp(u); }
-SOLERA_INLINE float natural_log_one(float u) { return __builtin_logf(u); }
-SOLERA_INLINE double natural_log_one(double u) { return __builtin_log(u); }
-SOLERA_INLINE float lowest_of(float) { return -__FLT_MAX__; }
-SOLERA_INLINE double lowest_of(double) { return -__DBL_MAX__; }
 
 template <class T>
 SOLERA_INLINE A<T> logit_at(const T* x, int64_t j) {
