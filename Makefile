@@ -1,7 +1,7 @@
 # make bench            everything it needs into .venv, then the benchmark (QUICK=1: the short form)
-# make test             the tests on the C++ kernels, then on the Triton kernels, interpreted
-# make sanitize         the tests on a library built with AddressSanitizer and UBSan
-# make isa              the tests on each instruction set's kernels, and on a build without any (aarch64)
+# make test             the tests on the C++ kernels, then those of the cores on the Triton kernels, interpreted
+# make sanitize         the cores' tests on a library built with AddressSanitizer and UBSan
+# make isa              the cores' tests on narrower vectors than this machine's, and on a build without any (aarch64)
 # make aot              every Triton kernel compiled for GPUs that are not here, with its registers
 # make check | format   ruff, clang-format, mypy | ruff and clang-format, in place
 # make dist             sdist and wheel into dist/, installed and imported once
@@ -29,6 +29,9 @@ VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install -q
 INTERPRETED := SOLERA_BACKEND=triton TRITON_INTERPRET=1
+# Each process starts with one half of the tests, in order, and takes over from one that is late.
+XDIST := -n $(JOBS) --dist worksteal
+NAMED = $(findstring tests/,$(ARGS))
 space := $(subst ,, )
 
 # Without TORCH= an existing .venv keeps the torch it has.
@@ -52,11 +55,14 @@ bench: build
 
 test: test-cpp test-triton
 
+# The kernels compiled ahead of time are `make aot`, unless asked for here.
 test-cpp: build
-	$(PY) -m pytest -n $(JOBS) $(ARGS)
+	$(PY) -m pytest $(XDIST) $(if $(NAMED),,--ignore=tests/test_ahead_of_time.py) $(ARGS)
 
+# The interpreter takes minutes for what is a call of a kernel that its core's test has run already: it gets
+# the tests of the cores, or the files that ARGS names.
 test-triton: build
-	OMP_NUM_THREADS=1 $(INTERPRETED) $(PY) -m pytest -n $(JOBS) $(ARGS)
+	OMP_NUM_THREADS=1 $(INTERPRETED) $(if $(NAMED),,SOLERA_TEST_CORES=1) $(PY) -m pytest $(XDIST) $(ARGS)
 
 sanitize: build
 	tools/variant.sh sanitize
@@ -65,7 +71,7 @@ isa: build
 	tools/variant.sh isa
 
 aot: build
-	$(PY) -m pytest -s tests/test_ahead_of_time.py $(ARGS)
+	JOBS=$(JOBS) $(PY) tests/test_ahead_of_time.py $(ARGS)
 
 check: $(VENV)/.ready
 	$(VENV)/bin/ruff check .

@@ -100,7 +100,7 @@ def _late(signum, frame):
 
 
 def compile_module(module: str, target: str) -> dict[str, Usage]:
-    """Case name -> usage. Runs in a worker process, which a hanging compiler takes down with it."""
+    """Case name -> usage. A hanging compiler takes the process down."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -128,8 +128,8 @@ def compile_all(
     return {(m, t): pool.submit(compile_module, m, t) for m in names for t in TARGETS}
 
 
-def workers() -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
+def workers(count: int) -> ProcessPoolExecutor:
+    return ProcessPoolExecutor(count, mp_context=multiprocessing.get_context("spawn"))
 
 
 def budgets() -> dict[str, dict[str, dict[str, dict[str, int]]]]:

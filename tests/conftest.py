@@ -2,6 +2,9 @@
 
 SOLERA_BACKEND=triton TRITON_INTERPRET=1   the same tests on the Triton kernels, interpreted
 SOLERA_TEST_DEVICE=cuda                    the same tests on a GPU
+SOLERA_TEST_CORES=1                        only the tests of the cores: tests/<family>/test_<core>.py and
+                                           test_<core>_*.py, where csrc/cpu/<family>/<core>.cpp or
+                                           triton_kernels/<family>/<core>.py exists; and those marked `kernel`
 """
 
 import functools
@@ -10,6 +13,10 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("SOLERA_POISON", "1")  # read by the compiled library at its first allocation
+# Read by OpenMP when torch loads it. Threads that wait sleep: spinning ones take two thirds of the cores' time
+# as soon as two test processes share them.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")  # no pool in every test process
 sys.path.insert(0, str(Path(__file__).parent))
 
 import hypothesis
@@ -41,12 +48,27 @@ def _poisoned_and_seeded():
     torch.use_deterministic_algorithms(False)
 
 
-def pytest_collection_modifyitems(items):
-    """What the interpreter is spared: it is a hundred times slower, and the C++ run has it all."""
-    from helpers import INTERPRETED
+def tests_a_core(path: Path) -> bool:
+    """Whether a test file belongs to a core rather than to functions over cores, by their names."""
+    root = Path(__file__).resolve().parent.parent
+    folders = (root / "csrc/cpu", root / "triton_kernels", root / "python/solera/triton_kernels")
+    cores = [p.stem for f in folders for p in (f / path.parent.name).glob("[!_]*.*")]
+    return any(f"{path.stem}_".startswith(f"test_{core}_") for core in cores)
 
-    if not INTERPRETED:
-        return
+
+def pytest_collection_modifyitems(config, items):
+    if os.environ.get("SOLERA_TEST_CORES", "0") not in ("", "0"):
+        of_core = {path: tests_a_core(path) for path in {item.path for item in items}}
+        left_out = [i for i in items if not of_core[i.path] and not i.get_closest_marker("kernel")]
+        config.hook.pytest_deselected(items=left_out)
+        left_out = set(left_out)
+        items[:] = [item for item in items if item not in left_out]
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        spare_the_interpreter(items)
+
+
+def spare_the_interpreter(items):
+    """It is a hundred times slower, and the C++ run has it all."""
     minutes = pytest.mark.skip(reason="the interpreter takes minutes here; the C++ run covers it")
     fakes = pytest.mark.skip(reason="compilation traces fakes, not kernels; the C++ run covers it")
     again = pytest.mark.skip(reason="interpreted with its first parameters only")
