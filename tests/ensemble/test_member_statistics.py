@@ -25,7 +25,7 @@ def definitions(z):
     mean = p.mean(1)
     total = torch.special.entr(mean).sum(-1)
     aleatoric = torch.special.entr(p).sum(-1).mean(1)
-    return mean, p.var(1, correction=0), total, aleatoric, total - aleatoric
+    return mean, (p - mean.unsqueeze(1)).square().mean(1), total, aleatoric, total - aleatoric
 
 
 def votes(z):
