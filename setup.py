@@ -4,7 +4,9 @@ Every file under csrc/cpu/<family>/ is compiled once per instruction set; the ge
 the registration. Nothing is compiled with -march=native. Environment:
 
 SOLERA_GENERIC=1    leave the x86 instruction sets out (what aarch64 and macOS get)
-SOLERA_SANITIZE=1   AddressSanitizer and UBSan (see `make sanitize`)
+SOLERA_AVX512=0     leave that one out, for tests on a machine that cannot run it
+SOLERA_SANITIZE=1   AddressSanitizer and UBSan (see `make sanitize`), not optimised
+SOLERA_OPTIMIZE=0   compiles in a third of the time, for tests of values
 SOLERA_NO_CPP=1     install without the compiled library: reference and Triton only
 SOLERA_WERROR=1     a failing build is an error instead of a warning (what CI sets)
 CXX                 the compiler (g++, on macOS clang++); MAX_JOBS how many run at once
@@ -28,8 +30,8 @@ ROOT = Path(__file__).parent
 SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*.cpp"))
 
 
-def flag(name: str) -> bool:
-    return os.environ.get(name, "0") not in ("", "0")
+def flag(name: str, default: str = "0") -> bool:
+    return os.environ.get(name, default) not in ("", "0")
 
 
 X86 = platform.machine() in ("x86_64", "AMD64") and not flag("SOLERA_GENERIC")
@@ -41,6 +43,8 @@ ISA_FLAGS = {
         "-mfma", "-mf16c", "-mbmi2", "-mprefer-vector-width=512",
     ],
 }  # fmt: skip
+if not flag("SOLERA_AVX512", "1"):
+    del ISA_FLAGS["avx512"]
 COMPILE = [
     "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Icsrc/cpu",
     "-Wno-psabi", "-Wno-unknown-pragmas", "-Wno-attributes", "-Wno-ignored-attributes",
@@ -70,19 +74,21 @@ class Build(build_ext):
         from torch.utils.cpp_extension import include_paths, library_paths
 
         compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
+        optimized = flag("SOLERA_OPTIMIZE", "1") and not flag("SOLERA_SANITIZE")
         common = list(COMPILE)
         link = ["-shared", *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
+        common += ["-O3" if optimized else "-O0"]
         if flag("SOLERA_SANITIZE"):
-            # Not optimised, which compiles in a third of the time; left out: what AddressSanitizer covers.
-            common += ["-O0", "-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+            # Left out: what AddressSanitizer covers.
+            common += ["-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
             common += ["-fno-sanitize=null,vptr,object-size", "-fno-sanitize-recover=undefined"]
             link += ["-fsanitize=address,undefined"]
-        else:
-            common += ["-O3"]
         if sys.platform == "darwin":
             link += ["-undefined", "dynamic_lookup"]
         includes = [f"-isystem{p}" for p in include_paths()]
-        stamp = f"{torch.__version__}-{'san' if flag('SOLERA_SANITIZE') else 'opt'}-{int(X86)}"
+        kind = "san" if flag("SOLERA_SANITIZE") else "opt" if optimized else "plain"
+        sets = len(ISA_FLAGS) if X86 else 1
+        stamp = f"{torch.__version__}-{kind}-{sets}"
         temp = Path(self.build_temp) / stamp
 
         jobs: list[tuple[Path, list[str]]] = []
@@ -96,6 +102,7 @@ class Build(build_ext):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 front = ["-DSOLERA_FRONT", *includes] if isa == "generic" else []
                 front += ["-DSOLERA_X86"] if X86 else []
+                front += ["-DSOLERA_AVX512"] if X86 and "avx512" in ISA_FLAGS else []
                 command = [compiler, *common, *ISA_FLAGS[isa], f"-DSOLERA_ISA={isa}", *front]
                 command += ["-MMD", "-MF", str(target.with_suffix(".d"))]
                 jobs.append((target, [*command, "-c", source, "-o"]))

@@ -37,15 +37,18 @@ copy() {
   cp -a triton_kernels "build/$1/python/solera/triton_kernels"
 }
 
-build() {
+build() { # name VARIABLE=value...
   copy "$1"
-  (cd "build/$1" && env SOLERA_WERROR=1 "$2" "$python" setup.py -q build_ext --inplace >build.log) ||
+  (cd "build/$1" && env SOLERA_WERROR=1 "${@:2}" "$python" setup.py -q build_ext --inplace >build.log) ||
     { tail -40 "build/$1/build.log"; return 1; }
 }
 
+widest=avx2
+if grep -qw avx512dq /proc/cpuinfo 2>/dev/null; then widest=avx512; fi
+
 case $variant in
   sanitize)
-    build sanitize SOLERA_SANITIZE=1
+    build sanitize SOLERA_SANITIZE=1 SOLERA_AVX512=$([ "$widest" = avx512 ] && echo 1 || echo 0)
     preload=
     for library in libasan.so libubsan.so; do preload+=" $(realpath "$(${CXX:-g++} -print-file-name=$library)")"; done
     # torch and Python hold memory at exit and register symbols twice: not what is looked for here.
@@ -56,17 +59,16 @@ case $variant in
     exec "$python" -m pytest "${tests[@]}" -k "not compile and not opcheck and not gradgrad" "$@"
     ;;
   isa)
-    widest=$("$python" -c "from solera import _info; print(_info._instruction_set())")
     if [ "$widest" = avx512 ]; then
       echo SOLERA_ISA=avx2
       SOLERA_ISA=avx2 "$python" -m pytest "${tests[@]}" -k "$values" "$@"
     else
-      echo "$widest is the widest here: the usual tests run it, so only the build without any follows"
+      echo "avx512 is not on this machine: the usual tests run avx2, so only the build without any follows"
     fi
     exec tools/variant.sh generic "$@"
     ;;
   generic)
-    build generic SOLERA_GENERIC=1
+    build generic SOLERA_GENERIC=1 SOLERA_OPTIMIZE=0
     echo "SOLERA_GENERIC=1"
     cd build/generic
     PYTHONPATH=$PWD/python:$PYTHONPATH exec "$python" -m pytest "${tests[@]}" -k "$values" "$@"

@@ -37,6 +37,8 @@ inline Isa isa() {
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
         __builtin_cpu_supports("f16c"))
       best = Isa::avx2;
+#endif
+#if defined(SOLERA_AVX512)
     if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
         __builtin_cpu_supports("avx512dq"))
@@ -55,7 +57,16 @@ inline Isa isa() {
 
 // Declares `table` in every instruction set's namespace and defines `pick_<table>()`. Goes directly
 // into namespace solera (inside an unnamed one it would declare another table).
-#if defined(SOLERA_X86)
+#if defined(SOLERA_X86) && !defined(SOLERA_AVX512)
+#define SOLERA_PICK(Type, table)                                                      \
+  namespace avx2 {                                                                    \
+  extern const Type table;                                                            \
+  }                                                                                   \
+  inline const Type& pick_##table() {                                                 \
+    static const Type& chosen = isa() == Isa::generic ? generic::table : avx2::table; \
+    return chosen;                                                                    \
+  }
+#elif defined(SOLERA_X86)
 #define SOLERA_PICK(Type, table)                                       \
   namespace avx2 {                                                     \
   extern const Type table;                                             \

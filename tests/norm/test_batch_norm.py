@@ -190,43 +190,50 @@ def test_bad_input_is_named(case):
 # ---- across ranks ------------------------------------------------------------------------------------
 
 
-def _rank(rank, port, tensors, results):
-    """One process: batch norm of its part of the batch, its gradients and running statistics."""
+def _rank(rank, port, layouts, results):
+    """One process: batch norm of its part of each batch, its gradients and running statistics."""
     torch.set_num_threads(1)
     address = f"tcp://127.0.0.1:{port}"
     torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
-    x, w, b, r, g = tensors
     part = slice(0, 2) if rank == 0 else slice(2, 5)
-    x, r = x[part].requires_grad_(), r[part].requires_grad_()
-    w, b = w.requires_grad_(), b.requires_grad_()
-    running = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
-    group = torch.distributed.group.WORLD
-    y = batch_norm(x, *running, w, b, True, 0.2, activation="silu", residual=r, group=group)
-    grads = torch.autograd.grad(y, (x, r, w, b), g[part])
-    results[rank] = [t.detach() for t in (y, *grads, *running)]
+    for layout, (x, w, b, r, g) in enumerate(layouts):
+        x, r = x[part].requires_grad_(), r[part].requires_grad_()
+        w, b = w.requires_grad_(), b.requires_grad_()
+        running = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+        group = torch.distributed.group.WORLD
+        y = batch_norm(x, *running, w, b, True, 0.2, activation="silu", residual=r, group=group)
+        grads = torch.autograd.grad(y, (x, r, w, b), g[part])
+        results[layout, rank] = [t.detach() for t in (y, *grads, *running)]
     torch.distributed.destroy_process_group()
 
 
 @pytest.mark.no_interpreter
-@pytest.mark.parametrize("last", [False, True])
-def test_two_ranks_are_one_batch(last):
-    """Ranks with two and three samples against one process that holds all five."""
+def test_two_ranks_are_one_batch():
+    """Ranks with two and three samples against one process that holds all five, contiguous and channels-last."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    x, r, g = (images((5, 4, 3, 6), torch.float64, last) for _ in range(3))
-    w, b = randn(4, dtype=torch.float64), randn(4, dtype=torch.float64)
+    layouts = []
+    for last in (False, True):
+        x, r, g = (images((5, 4, 3, 6), torch.float64, last) for _ in range(3))
+        layouts.append((x, randn(4, dtype=torch.float64), randn(4, dtype=torch.float64), r, g))
     context = torch.multiprocessing.get_context("spawn")
     with context.Manager() as manager:
         results = manager.dict()
-        args = (port, (x, w, b, r, g), results)
-        workers = [context.Process(target=_rank, args=(rank, *args)) for rank in range(2)]
+        workers = [
+            context.Process(target=_rank, args=(rank, port, layouts, results)) for rank in range(2)
+        ]
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(60)
+            worker.join(240)  # each imports torch, on a machine that may be busy
         assert [worker.exitcode for worker in workers] == [0, 0]
-        first, second = results[0], results[1]
+        results = dict(results)
+    for layout, tensors in enumerate(layouts):
+        _same_as_one_batch(results[layout, 0], results[layout, 1], *tensors)
+
+
+def _same_as_one_batch(first, second, x, w, b, r, g):
     for t in (x, w, b, r):
         t.requires_grad_()
     running = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)

@@ -312,14 +312,16 @@ Tensor segment_scatter(const Tensor& x_in, OptTensor order, const Tensor& offset
     Tensor tile = scratch(kScatterRows), part = scratch(D);
     for (int64_t c = 0; c < s.classes; ++c) walk(c, tile.mutable_data_ptr(), part, false);
   }
+  // Inside the tiles on the diagonal too: a library's product of a matrix with its own transpose
+  // need not be symmetric to the last bit.
   const auto mirror = [&](auto zero) {
     using T = decltype(zero);
     T* data = static_cast<T*>(out.mutable_data_ptr());
     parallel_for(0, s.classes * D, grain_for(D * 8), [&](int64_t begin, int64_t end) {
       for (int64_t r = begin; r < end; ++r) {
         T* matrix = data + r / D * D * D;
-        const int64_t i = r % D, below = i / kScatterColumns * kScatterColumns;
-        for (int64_t j = 0; j < below; ++j) matrix[i * D + j] = matrix[j * D + i];
+        const int64_t i = r % D;
+        for (int64_t j = 0; j < i; ++j) matrix[i * D + j] = matrix[j * D + i];
       }
     });
   };
