@@ -6,9 +6,8 @@
 #   tools/variant.sh generic    no x86 instruction sets: what aarch64 and macOS get
 #   tools/variant.sh isa        the usual build limited to its avx2 kernels, then `generic`
 #
-# The tests are those of the cores, unless an argument names a file. `isa` has no avx2 run where avx2 is the
-# widest there is: the usual tests were that run. More arguments go to pytest. PYTHON: the interpreter (.venv's
-# if there is one). JOBS: processes, 2.
+# `isa` has no avx2 run where avx2 is the widest there is: the usual tests were that run. More arguments go to
+# pytest. PYTHON: the interpreter (.venv's if there is one). JOBS: processes, 2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -21,13 +20,11 @@ case $variant in sanitize | generic | isa) ;; *) echo "no such variant: $variant
 # What checks values and memory; compilers, interpreters, docs and packaging have their own stage.
 tests=(--ignore-glob='tests/test_*.py')
 tests+=(-m "not inductor and not slow" -k "not compile and not opcheck")
-# A function over a core calls kernels that the core's own tests have called.
-case " $*" in *" tests/"*) ;; *) export SOLERA_TEST_CORES=1 ;; esac
 export PYTHONPATH=$root/tools
 tests+=(-p brief_hypothesis --hypothesis-profile=brief -p no:cacheprovider --capture=sys)
 tests+=(-n "${JOBS:-2}" --dist worksteal)
 # Another instruction set changes values, and nothing that happens in Python.
-values="not compile and not opcheck and not gradgrad and not gradcheck and not bad_ and not pickle"
+values="not compile and not opcheck and not gradgrad and not gradcheck and not bad_ and not pickle and not ranks"
 
 copy() {
   mkdir -p "build/$1"
@@ -56,7 +53,7 @@ case $variant in
     export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
     cd build/sanitize
     export PYTHONPATH=$PWD/python:$PYTHONPATH LD_PRELOAD="${preload# }"
-    exec "$python" -m pytest "${tests[@]}" -k "not compile and not opcheck and not gradgrad" "$@"
+    exec "$python" -m pytest "${tests[@]}" -k "not compile and not opcheck and not gradgrad and not ranks" "$@"
     ;;
   isa)
     if [ "$widest" = avx512 ]; then

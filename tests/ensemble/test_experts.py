@@ -42,6 +42,7 @@ def test_fine_grained_experts(k, dtype):
     agrees_with_formula(ours, lambda *t: formula(*t, k), experts(dtype=dtype), allowed=2e-7)
 
 
+@pytest.mark.kernel
 def test_differentiates_and_honours_its_options():
     tensors = experts(4, 3, 3, 2)
     differentiates_in_one_direction(lambda *t: moe_ffn(*t, 2, activation="silu"), tensors)

@@ -131,6 +131,7 @@ def test_adapter_bank(uniform, dtype):
         adapter_bank_mix(h, down, up, randn(S + 1, dtype=dtype))
 
 
+@pytest.mark.kernel
 def test_adapter_bank_with_frozen_adapters():
     h, down, up = randn(5, 6, dtype=torch.float64), randn(2, 3, 6), randn(2, 6, 3)
     omega = randn(2, 6, dtype=torch.float64, grad=True)

@@ -191,6 +191,7 @@ def test_conditional_instance_norm(activation, dtype):
     )
 
 
+@pytest.mark.kernel
 def test_ragged_time_is_each_row_alone():
     """SAIN over frames: positions past a row's end count nowhere and come out 0."""
     lengths = torch.tensor([7, 3, 0, 1], device=DEVICE)

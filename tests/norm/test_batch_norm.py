@@ -21,6 +21,7 @@ def images(shape, dtype, last=False):
 # ---- running statistics ------------------------------------------------------------------------------
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("name", ["batch", "instance"])

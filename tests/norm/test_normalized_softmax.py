@@ -71,6 +71,7 @@ def test_against_the_plain_composition(name, reduction):
     )
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_against_float64(dtype):
     x, weight, y = problem(dtype, 9, 33, 16)

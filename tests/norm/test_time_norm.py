@@ -45,6 +45,7 @@ def assert_right(value, exact, eager):
         assert_accurate(value, exact, eager)
 
 
+@pytest.mark.kernel
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("times", [3, 1])
 @pytest.mark.parametrize("kind", NORMS)
