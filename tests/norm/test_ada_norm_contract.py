@@ -15,7 +15,9 @@ ops = torch.ops.solera
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(5, 7, 20), (70, 3, 8), (6, 33), (3, 2, 4, 17)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 7, 20), (9 if INTERPRETED else 70, 3, 8), (6, 33), (3, 2, 4, 17)], ids=str
+)
 def test_indexed_layer_norm_against_float64(shape, dtype):
     x = randn(*shape, dtype=dtype, grad=True)
     weight, bias = (randn(4, shape[-1], dtype=dtype, grad=True) for _ in range(2))

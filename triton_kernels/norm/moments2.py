@@ -87,7 +87,8 @@ def segment_scatter_kernel(
             b = tl.where(inside, b - mj[None, :], 0.0)
             acc = tl.dot(tl.trans(a), b, acc, input_precision="ieee", out_dtype=ACC)
         base = out + segment * columns * columns
-        mask = (i < columns)[:, None] & (j < columns)[None, :]
+        # Of a tile on the diagonal the upper half serves both: a product need not be symmetric to the last bit.
+        mask = (i[:, None] <= j[None, :]) & (j < columns)[None, :]
         wide_i = i.to(tl.int64)[:, None]
         wide_j = j.to(tl.int64)[None, :]
         tl.store(base + wide_j * columns + wide_i, acc, mask=mask)
