@@ -144,14 +144,7 @@ Tensor sinkhorn_points_apply(const Tensor& x_in, const Tensor& y_in, const Tenso
                           k};
       apply<T>(table, io, cost, epsilon, int(power), signs, workers);
     };
-    const int64_t threads = int64_t(torch::stable::get_num_threads());
-    if (n * m >= 131072 && batch < 2 * threads) {
-      for (int64_t item = 0; item < batch; ++item) one(item, threads);
-    } else {
-      parallel_for(0, batch, grain_for(n * m * 4), [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) one(item, 1);
-      });
-    }
+    over_batch(batch, n * m, one);
   };
   if (dtype_of(x) == kFloat64)
     run(double(0), pick_streaming_apply_tables().float64);

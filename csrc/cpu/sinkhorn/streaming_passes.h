@@ -67,6 +67,13 @@ struct StreamingStrip {
 };
 constexpr int kStreamingGroup = 4;
 
+struct StreamingTable {
+  void (*rows[kStreamingSources])(const StreamingProblem&, StreamingStrip&, bool begin);
+  int64_t (*columns)(const StreamingProblem&, const void* partial, int64_t blocks, double low_sum,
+                     void* g_new, int64_t first, int64_t last, int64_t* redo, int64_t* dead);
+  int64_t lanes;
+};
+
 namespace SOLERA_ISA {
 namespace {
 

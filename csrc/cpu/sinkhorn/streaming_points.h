@@ -127,5 +127,111 @@ void fill(const StreamingGeometry& geometry, const StreamingProblem& p, Streamin
                          sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float, false);
 }
 
+// A potential or a weight, padded to whole vectors.
+template <class T>
+std::vector<T> padded_list(const T* from, int64_t count, int64_t stride, T scale, T padding) {
+  std::vector<T> out(static_cast<size_t>(stride), padding);
+  for (int64_t i = 0; i < count; ++i) out[size_t(i)] = from ? T(scale * from[i]) : T(0);
+  return out;
+}
+template <class T>
+std::vector<T> logarithms(const std::vector<T>& weights) {
+  std::vector<T> out(weights.size());
+  for (size_t i = 0; i < weights.size(); ++i) out[i] = std::log2(weights[i]);
+  return out;
+}
+
+// Total of the weights in double, or NaN if one is negative, NaN or infinite.
+template <class T>
+double total_weight(const T* weight, int64_t count) {
+  double total = 0;
+  for (int64_t i = 0; i < count; ++i) total += weight[i] >= 0 ? double(weight[i]) : NAN;
+  return std::isfinite(total) ? total : NAN;
+}
+
+template <class T>
+struct Solver {
+  const StreamingTable& table;
+  const StreamingGeometry geometry;
+  const int64_t workers;
+  std::vector<StripMemory<T>> memory;
+
+  Solver(const StreamingTable& table, const StreamingGeometry& geometry, int64_t stride,
+         int64_t workers)
+      : table(table), geometry(geometry), workers(workers) {
+    for (int64_t w = 0; w < workers; ++w) memory.emplace_back(geometry, stride, table.lanes);
+  }
+
+  // Rows [first, last) of p; their column sums into `partial` where there is one.
+  void rows(const StreamingProblem& p, StripMemory<T>& own, int64_t first, int64_t last, T* partial,
+            bool exact, double& error, double& mass, int64_t& dead) const {
+    const auto kernel = table.rows[geometry.source];
+    if (partial) std::memset(partial, 0, size_t(p.stride) * sizeof(T));
+    for (int64_t row = first; row < last; row += kStripRows) {
+      StreamingStrip s{};
+      s.tile = own.tile.data();
+      s.buffer = own.buffer.data();
+      s.shift = own.lists.data();
+      s.sum = own.lists.data() + kStripRows;
+      s.scale = own.lists.data() + 2 * kStripRows;
+      s.partial = partial;
+      s.step = own.step;
+      s.row = row;
+      s.rows = std::min(kStripRows, last - row);
+      s.exact = exact;
+      const auto stage = [&](int which) {
+        s.stage = which;
+        for (s.column = 0; s.column < p.stride; s.column += own.step) {
+          s.columns = std::min(own.step, p.stride - s.column);
+          fill<T>(geometry, p, s);
+          kernel(p, s, s.column == 0);
+        }
+      };
+      if (own.step == p.stride) {
+        stage(kWhole);
+      } else {
+        for (;;) {
+          if (s.exact) stage(kTop);
+          stage(kSum);
+          s.stage = kFinish;
+          s.error = s.mass = 0;
+          s.bad = s.dead = 0;
+          kernel(p, s, false);
+          if (s.exact || !s.bad) break;
+          s.exact = true;
+        }
+        if (partial) stage(kColumns);
+      }
+      error += s.error;
+      mass += s.mass;
+      dead |= s.dead;
+    }
+  }
+
+  // The potential of every row of p, exactly; p.a is null.
+  void softmin(const StreamingProblem& p) {
+    const int64_t strips = (p.n + kStripRows - 1) / kStripRows;
+    share(workers, strips, [&](int64_t w, int64_t first, int64_t last) {
+      double error = 0, mass = 0;
+      int64_t dead = 0;
+      rows(p, memory[size_t(w)], first * kStripRows, std::min(p.n, last * kStripRows), nullptr,
+           true, error, mass, dead);
+    });
+  }
+};
+
+// Threads inside a problem that is worth waking them, between the problems of a batch otherwise.
+template <class F>
+void over_batch(int64_t batch, int64_t work, const F& body) {
+  const int64_t threads = int64_t(torch::stable::get_num_threads());
+  if (work >= 131072 && batch < 2 * threads) {
+    for (int64_t k = 0; k < batch; ++k) body(k, threads);
+    return;
+  }
+  parallel_for(0, batch, grain_for(work * 4), [&](int64_t begin, int64_t end) {
+    for (int64_t k = begin; k < end; ++k) body(k, int64_t(1));
+  });
+}
+
 }  // namespace
 }  // namespace solera
