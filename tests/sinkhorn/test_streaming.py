@@ -65,7 +65,8 @@ def test_is_the_dense_solve_of_the_cost_matrix(name):
         torch.testing.assert_close(ours.marginals(), (plan.sum(-1), plan.sum(-2)))
         torch.testing.assert_close(ours.transport_cost(), dense.transport_cost())
         live = a > 0
-        mean = (plan @ y) / plan.sum(-1, keepdim=True)
+        ends = torch.nn.functional.normalize(y, dim=-1) if name == "cosine" else y
+        mean = (plan @ ends) / plan.sum(-1, keepdim=True)
         torch.testing.assert_close(ours.barycentric_projection()[live], mean[live])
         if INTERPRETED:
             break
@@ -197,22 +198,26 @@ def test_gradcheck(name):
 def test_envelope_gradient_is_that_of_the_matrix():
     """Before convergence too, in every dtype; and the implicit one of <P, C>."""
     for name in ("sqeuclidean", "euclidean") if INTERPRETED else NAMES:
-        x, y, a, b = clouds(40, 30, 10, grad=True)
-        options = {"epsilon": 0.2, "max_iterations": 4 if INTERPRETED else 60}
-        dense = sinkhorn(matrix(x, y, name), a, b, **options)
-        want = torch.autograd.grad(dense.cost, (x, y, a, b), retain_graph=True)
-        second = torch.autograd.grad(dense.transport_cost(), (x, y, a, b))
         for dtype in DTYPES[:2] if INTERPRETED else DTYPES:
-            low = [t.detach().to(dtype).requires_grad_() for t in (x, y, a, b)]
-            r = sinkhorn_points(*low, cost=name, validate=False, **options)
+            low = clouds(40, 30, 10, dtype=dtype, grad=True)
+            wide = [t.detach().double().requires_grad_() for t in low]
+            options = {
+                "epsilon": 0.2,
+                "max_iterations": 4 if INTERPRETED else 60,
+                "validate": False,
+            }
+            dense = sinkhorn(matrix(*wide[:2], name), *wide[2:], **options)
+            r = sinkhorn_points(*low, cost=name, **options)
+            want = torch.autograd.grad(dense.cost, wide, retain_graph=True)
             got = torch.autograd.grad(r.cost, low, retain_graph=True)
-            allowed = {torch.float64: 1e-9, torch.float32: 2e-5}.get(dtype, 3e-2)
+            allowed = {torch.float64: 1e-9, torch.float32: 2e-5}.get(dtype, 1e-2)
             for u, v in zip(got[:2], want[:2]):
                 assert u.dtype == dtype and relative_error(u, v) < allowed, (name, dtype)
             if INTERPRETED:
                 continue
+            want = torch.autograd.grad(dense.transport_cost(), wide)
             got = torch.autograd.grad(r.transport_cost(), low)
-            for u, v in zip(got[:2], second[:2]):
+            for u, v in zip(got[:2], want[:2]):
                 assert relative_error(u, v) < 50 * allowed, (name, dtype)
 
 
@@ -413,7 +418,7 @@ def test_compile_and_transforms():
 
     def loss(x, y, a, b):
         r = sinkhorn_points(x, y, a, b, epsilon=0.2, max_iterations=20)
-        return r.cost + r.apply(b).sum()
+        return r.cost + r.marginal_error
 
     compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="aot_eager")
     leaf = x.clone().requires_grad_()

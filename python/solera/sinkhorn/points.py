@@ -109,7 +109,8 @@ class SinkhornPointsResult:
     def barycentric_projection(self, y: Tensor | None = None) -> Tensor:
         """sum_j P_ij y_j / sum_j P_ij: where the plan sends each x_i on average.
 
-        Shapes: y (..., m, k), the points themselves if None -> (..., n, k). Defined at a zero weight too.
+        Shapes: y (..., m, k), the points themselves if None (of unit length for a cosine) -> (..., n, k). Defined
+        at a zero weight too.
         """
         xs, ys, a, b, f, g = self._flat()
         if y is None:

@@ -166,7 +166,7 @@ class _Softmin(torch.autograd.Function):
         dg = db = None
         if needs[2] or needs[3]:
             back = apply_density(y, x, g, f, w, cost, epsilon).squeeze(-1)
-            dg, db = b * back, -epsilon * back
+            dg, db = -b * back, -epsilon * back
         return dx, dy, dg if needs[2] else None, db if needs[3] else None, None, None
 
 
@@ -186,12 +186,14 @@ def points_softmin(x: Tensor, y: Tensor, g: Tensor, b: Tensor, cost: int, epsilo
 # ---- gradients of the solve --------------------------------------------------------------------------
 
 _CG_STEPS = 200
+_COMPILED_CG_STEPS = 32  # unrolled into the graph
 
 
 def _conjugate_gradients(matvec, right: Tensor, null: Tensor | None, steps: int) -> Tensor:
     """Solves a positive semidefinite system (batch, m) whose null vector, if any, is deflated.
 
-    Stops at the accuracy of the dtype on the CPU; elsewhere all steps are taken, without a synchronisation.
+    Stops at the accuracy of the dtype on the CPU; elsewhere all steps are taken, without a synchronisation, and
+    under torch.compile fewer.
     """
 
     def project(t: Tensor) -> Tensor:
@@ -205,9 +207,11 @@ def _conjugate_gradients(matvec, right: Tensor, null: Tensor | None, steps: int)
     direction = residual
     square = dot(residual, residual)
     enough = square * (4.0 * torch.finfo(right.dtype).eps) ** 2
-    for _ in range(steps):
+    compiling = torch.compiler.is_compiling()
+    reads = right.device.type == "cpu" and not compiling
+    for _ in range(min(steps, _COMPILED_CG_STEPS) if compiling else steps):
         going = square > enough
-        if right.device.type == "cpu" and not bool(going.any()):
+        if reads and not bool(going.any()):
             break
         image = project(matvec(direction))
         curvature = dot(direction, image)
@@ -230,7 +234,7 @@ def _gauge(a, b, du, dv, soft):
     return du - shift * a, dv + shift * b, shift
 
 
-def _adjoint(x, y, a, b, f, g, cost, epsilon, rho_a, rho_b, du, dv):
+def points_adjoint(x, y, a, b, f, g, du, dv, cost, epsilon, rho_a, rho_b):
     """(w, v, da, db) with dC_ij = E_ij sum_k w_ik v_jk, for gradients du, dv of the potentials; streaming."""
     damp_a, damp_b = damping(epsilon, rho_a), damping(epsilon, rho_b)
     u, v, shift = _gauge(a, b, du, dv, rho_a >= 0 or rho_b >= 0)
@@ -339,7 +343,7 @@ class _Potentials(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _whole_adjoint(x, y, a, b, f, g, *ctx.options, du, dv)
         else:
-            w, v, da, db = _adjoint(x, y, a, b, f, g, *ctx.options, du, dv)
+            w, v, da, db = points_adjoint(x, y, a, b, f, g, du, dv, *ctx.options)
             dx = dy = None
             if ctx.needs_input_grad[0]:
                 dx = cost_gradient(x, y, f, g, w, v, cost, epsilon)
