@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from . import Outcome, pyplot, seconds
 from .colour_transfer import plain_sinkhorn, squared_distance
 
-BLUR, ITERATIONS = 1.0, 60  # epsilon is BLUR squared; pixels are scaled to [0, 1]
+BLUR, ITERATIONS = 1.0, 30  # epsilon is BLUR squared; pixels are scaled to [0, 1]
 PICTURE = "digit_distances.png"
 
 
@@ -25,11 +26,12 @@ def plain_value(x: Tensor, y: Tensor) -> Tensor:
     return f.mean() + g.mean()
 
 
-def plain_matrix(clouds: list[Tensor]) -> Tensor:
-    own = [plain_value(x, x) for x in clouds]
+def divergences(value: Callable[[Tensor, Tensor], Tensor], clouds: list[Tensor]) -> Tensor:
+    """OT(x, y) - (OT(x, x) + OT(y, y)) / 2 of every pair; a class with itself is solved once."""
+    own = [value(x, x) for x in clouds]
     found = clouds[0].new_zeros(10, 10)
     for i, j in itertools.combinations(range(10), 2):
-        found[i, j] = found[j, i] = plain_value(clouds[i], clouds[j]) - (own[i] + own[j]) / 2
+        found[i, j] = found[j, i] = value(clouds[i], clouds[j]) - (own[i] + own[j]) / 2
     return found
 
 
@@ -55,25 +57,20 @@ def draw(distances: Tensor, path: Path) -> bool:
 def run(quick: bool, folder: Path) -> Outcome:
     from sklearn.datasets import load_digits
 
-    from solera.sinkhorn import sinkhorn_divergence
+    from solera.sinkhorn import sinkhorn_points
 
     data = load_digits()
     images = torch.tensor(data.data, dtype=torch.float32) / 16
     labels = torch.tensor(data.target)
-    clouds = [images[labels == digit][: 100 if quick else None] for digit in range(10)]
+    clouds = [images[labels == digit][: 60 if quick else None] for digit in range(10)]
 
-    def matrix() -> Tensor:
-        found = images.new_zeros(10, 10)
-        for i, j in itertools.combinations(range(10), 2):
-            found[i, j] = found[j, i] = sinkhorn_divergence(
-                clouds[i], clouds[j], epsilon=BLUR**2, max_iterations=ITERATIONS
-            )
-        return found
+    def value(x: Tensor, y: Tensor) -> Tensor:
+        return sinkhorn_points(x, y, epsilon=BLUR**2, max_iterations=ITERATIONS).cost
 
     found: dict[str, Tensor] = {}
-    ours = seconds(lambda: found.update(ours=matrix()))
-    theirs = seconds(lambda: found.update(plain=plain_matrix(clouds)))
-    exact = plain_matrix([c.double() for c in clouds])
+    ours = seconds(lambda: found.update(ours=divergences(value, clouds)))
+    theirs = seconds(lambda: found.update(plain=divergences(plain_value, clouds)))
+    exact = divergences(plain_value, [c.double() for c in clouds])
     off = [float((found[k] - exact).abs().max() / exact.max()) for k in ("ours", "plain")]
     agrees = off[0] < max(2 * off[1], 1e-3)
     far = exact + torch.diag(torch.full((10,), math.inf, dtype=exact.dtype))
@@ -83,7 +80,7 @@ def run(quick: bool, folder: Path) -> Outcome:
         name="digit_distances",
         title="Distances between the ten digits by the Sinkhorn divergence",
         rows=[
-            ["45 pairs of classes, time", "1x", f"{theirs / ours:.2f}x"],
+            ["45 pairs of classes and 10 of their own, time", "1x", f"{theirs / ours:.2f}x"],
             [
                 "largest error against float64, of the largest distance",
                 f"{off[0]:.1e}",
@@ -94,7 +91,7 @@ def run(quick: bool, folder: Path) -> Outcome:
         ratio=theirs / ours,
         agrees=agrees,
         problem="" if agrees else f"distances off by {off}",
-        note="Plain torch solves each class with itself once for all pairs; Solera's call does so for every pair.",
+        note=f"Squared Euclidean cost of pixels in [0, 1], epsilon {BLUR**2:g}, {ITERATIONS} iterations.",
         numbers={"error": off[0], "plain_error": off[1]},
         pictures=[PICTURE] if drawn else [],
     )

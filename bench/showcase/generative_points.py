@@ -17,7 +17,7 @@ from . import Outcome, pyplot, seconds
 from .colour_transfer import squared_distance
 from .point_matching import sketch
 
-TARGET, BATCH, EPSILON, ITERATIONS = 4000, 256, 2e-3, 40
+TARGET, BATCH, EPSILON, ITERATIONS = 4000, 192, 5e-3, 40
 PICTURE = "generative_points.png"
 FRAMES = 6
 
@@ -95,7 +95,7 @@ def run(quick: bool, folder: Path) -> Outcome:
     image = torch.tensor(load_sample_images().images[1], dtype=torch.float32) / 255
     target = sketch(image, TARGET, torch.Generator().manual_seed(0))
     ours = lambda x, y: sinkhorn_divergence(x, y, epsilon=EPSILON, max_iterations=ITERATIONS)
-    steps, compared = (150, 8) if quick else (600, 30)
+    steps, compared = (150, 3) if quick else (600, 10)
     found: dict = {}
     own = seconds(lambda: found.update(whole=train(ours, target, steps)))
     # Plain torch for a few steps only: its tape makes the whole training minutes long.
