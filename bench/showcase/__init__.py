@@ -26,6 +26,9 @@ MODULES = (
     "style_statistics",
     "cascade",
     "tabm_training",
+    "point_matching",
+    "generative_points",
+    "digit_distances",
 )
 COLUMNS = ["", "Solera", "plain torch"]
 

@@ -735,6 +735,65 @@ def _(grad, cost, a, b, f, g, epsilon):
     )
 
 
+# ---- sinkhorn.streaming ------------------------------------------------------------------------------
+
+# x (B, n, d), y (B, m, d), a and f (B, n), b and g (B, m), all of one dtype. cost: 0 squared, 1 half squared,
+# 2 minus the inner product, 3 Euclidean, 4 city block. epsilons: a schedule whose last is the target; a negative
+# rho is a hard marginal.
+
+
+@op(
+    "sinkhorn.streaming",
+    "sinkhorn_points(Tensor x, Tensor y, Tensor a, Tensor b, Tensor? f, Tensor? g, int cost,"
+    " float[] epsilons, float rho_a, float rho_b, float momentum, int max_iterations, float tolerance,"
+    " int check_every)"
+    " -> (Tensor f, Tensor g, Tensor value, Tensor iterations, Tensor error, Tensor converged)",
+)
+def _(x, y, a, b, f, g, cost, epsilons, rho_a, rho_b, momentum, max_iterations, tolerance, every):
+    batch, n, _ = x.shape
+    return (
+        x.new_empty((batch, n)),
+        x.new_empty((batch, y.shape[1])),
+        x.new_empty((batch,)),
+        x.new_empty((batch,), dtype=torch.int64),
+        x.new_empty((batch,)),
+        x.new_empty((batch,), dtype=torch.bool),
+    )
+
+
+@op(
+    "sinkhorn.streaming",
+    "sinkhorn_points_symmetric(Tensor x, Tensor? y, Tensor a, Tensor? b, int cost, float[] epsilons,"
+    " float rho) -> (Tensor f, Tensor g)",
+)
+def _(x, y, a, b, cost, epsilons, rho):
+    batch, n, _ = x.shape
+    return x.new_empty((batch, n)), x.new_empty((batch, 0 if y is None else y.shape[1]))
+
+
+@op(
+    "sinkhorn.streaming",
+    "sinkhorn_points_softmin(Tensor x, Tensor y, Tensor g, Tensor b, int cost, float epsilon) -> Tensor",
+)
+def _(x, y, g, b, cost, epsilon):
+    return x.new_empty((x.shape[0], x.shape[1]))
+
+
+# ---- sinkhorn.streaming_apply ------------------------------------------------------------------------
+
+# v (B, m, k). power: -1, 0 or 1, of the cost. signs: v (B, m, 1), out (B, n, d).
+
+
+@op(
+    "sinkhorn.streaming_apply",
+    "sinkhorn_points_apply(Tensor x, Tensor y, Tensor f, Tensor g, Tensor v, int cost, float epsilon,"
+    " int power, bool signs) -> Tensor",
+)
+def _(x, y, f, g, v, cost, epsilon, power, signs):
+    batch, n, d = x.shape
+    return x.new_empty((batch, n, d if signs else v.shape[2]))
+
+
 # ---- weights.lincomb ---------------------------------------------------------------------------------
 
 

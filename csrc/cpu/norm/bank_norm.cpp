@@ -16,7 +16,7 @@
 #include <algorithm>
 #include <cmath>
 
-#include "tile_product.h"
+#include "../tile_product.h"
 
 namespace solera {
 

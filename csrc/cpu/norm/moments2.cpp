@@ -161,7 +161,7 @@ const Moments2Table moments2_table = {
 #ifdef SOLERA_FRONT
 #include <algorithm>
 
-#include "tile_product.h"
+#include "../tile_product.h"
 
 namespace solera {
 

@@ -29,6 +29,7 @@ from .hyper_linear import HyperConv2d, HyperLinear
 from .logits import NormalizedSoftmaxCrossEntropyLoss, StableMaxCrossEntropyLoss, ZLoss
 from .norm import LayerNorm, RMSNorm
 from .online_norm import OnlineNorm1d, OnlineNorm2d
+from .samples_loss import SamplesLoss
 from .scaled_std_conv import ScaledStdConv2d
 from .style import ILN, AdaLIN, MomentShortcut, PositionalNorm
 from .tabm import MLPBackboneBatchEnsemble, MLPBackboneEnsemble, MLPBackboneMiniEnsemble, TabM
@@ -86,6 +87,7 @@ __all__ = [
     "PositionalNorm",
     "QKNorm",
     "RMSNorm",
+    "SamplesLoss",
     "ScaledStdConv2d",
     "StableMaxCrossEntropyLoss",
     "TabM",

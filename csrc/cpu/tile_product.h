@@ -4,7 +4,7 @@
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
 
-#include "../parallel.h"
+#include "parallel.h"
 
 namespace solera {
 namespace tile_product {
