@@ -85,6 +85,7 @@ def test_moment_exchange_options(kind, positive_only, dtype):
     )
 
 
+@pytest.mark.no_interpreter  # the walk over the donors is the CPU kernel's
 @pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
 @pytest.mark.parametrize("kind", ["pono", "instance"])
 def test_cycles_and_trees_of_donors(kind, last):
