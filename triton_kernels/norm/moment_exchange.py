@@ -24,8 +24,8 @@ def moment_exchange(x, index, eps, ratio):
     mean, var = (t.view(stats) for t in channel_moments(flat, None))
     deviation = (var * ratio + eps).sqrt()
     pair = (flat.shape[0], flat.shape[2])
-    affine = (t.view(pair) for t in (mean, deviation[index] / deviation, mean[index]))
-    y = channel_affine(flat, *affine, None, None, 0)
+    scale = (deviation[index] / deviation).view(pair)
+    y = channel_affine(flat, mean.view(pair), scale, mean[index].view(pair), None, None, 0)
     return y.view(x.shape), mean, deviation
 
 
@@ -36,8 +36,8 @@ def moment_exchange_backward(dy, x, index, mean, deviation, ratio):
     scale = (deviation[index] / deviation).view(pair)
     # Without an activation the shift takes no part.
     data = (_flat(dy), flat, center, scale, center, None, None, 0)
-    sums = (t.view(mean.shape) for t in channel_reduce(*data))
-    _, p, q = cotangents(*sums, index, deviation, ratio, max(x.shape[2], 1))
+    sum_g, sum_gd = (t.view(mean.shape) for t in channel_reduce(*data))
+    _, p, q = cotangents(sum_g, sum_gd, index, deviation, ratio, max(x.shape[2], 1))
     dx, _ = channel_gradient(*data, p.view(pair), q.view(pair), True, False)
     return dx.view(x.shape)
 
