@@ -65,6 +65,22 @@ op(
 )
 
 
+# ---- norm.moment_exchange ----------------------------------------------------------------------------
+
+# x, dy (N, R, M, K), R or K 1; index (N,) int64; mean, deviation (N, R K) in the accumulator's dtype.
+
+op(
+    "norm.moment_exchange",
+    "moment_exchange(Tensor x, Tensor index, float eps, float ratio)"
+    " -> (Tensor y, Tensor mean, Tensor deviation)",
+)
+op(
+    "norm.moment_exchange",
+    "moment_exchange_backward(Tensor dy, Tensor x, Tensor index, Tensor mean, Tensor deviation, float ratio)"
+    " -> Tensor",
+)
+
+
 # ---- norm.group_norm ---------------------------------------------------------------------------------
 
 # x, dy, residual (N, C, S), or (N, S, C) if `last`, not empty; weight, bias (C,) or (N, C). Moments

@@ -6,6 +6,7 @@ from function_checks import agrees_with_formula, compiles, differentiates
 from helpers import DEVICE, randn
 from torch.nn import functional as F
 
+from solera import norm
 from solera.ensemble import (
     class_stats,
     cosine_logits,
@@ -80,6 +81,8 @@ def test_adapted_and_pretrained_features_make_a_cosine_classifier():
     _, means, _ = class_moments(features, labels, 3, covariance=False)
     want = torch.stack([features[labels == c].mean(0) for c in range(3)])
     torch.testing.assert_close(cosine_logits(features, means), cosines(features, want))
+    by_temperature = norm.cosine_logits(features, means, temperature=0.5, normalize_weight=True)
+    assert torch.equal(cosine_logits(features, means, 2.0), by_temperature)
 
 
 def test_a_router_without_spread_is_even():

@@ -85,6 +85,34 @@ def test_moment_exchange_options(kind, positive_only, dtype):
     )
 
 
+@pytest.mark.no_interpreter  # the walk over the donors is the CPU kernel's
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels-last"])
+@pytest.mark.parametrize("kind", ["pono", "instance"])
+def test_cycles_and_trees_of_donors(kind, last):
+    """Two cycles with samples hanging on them; several blocks of sets, the last one narrower."""
+    index = torch.tensor([1, 2, 0, 4, 3, 3, 5, 1], device=DEVICE)
+    x = images(8, 301, 5, 41, dtype=torch.float32, last=last)
+    agrees_with_formula(
+        lambda x: moment_exchange(x, index, kind=kind), lambda x: exchange(x, index, kind), (x,)
+    )
+
+
+def test_opcheck_and_compile():
+    index = torch.tensor([1, 0], device=DEVICE)
+    for shape in ((2, 1, 4, 3), (2, 3, 4, 1)):
+        x = images(*shape, grad=False)
+        mean, deviation = torch.ops.solera.moment_exchange(x, index, 1e-5, 1.5)[1:]
+        for t in (x, x.expand_as(x).transpose(0, 1).contiguous().transpose(0, 1)):
+            torch.library.opcheck(torch.ops.solera.moment_exchange.default, (t, index, 1e-5, 1.5))
+            torch.library.opcheck(
+                torch.ops.solera.moment_exchange_backward.default,
+                (x.new_ones(1).expand(shape), t, index, mean, deviation, 1.5),
+            )
+    compiles(
+        lambda x, index: moment_exchange(x, index), lambda size: (images(2, size, 3, 5), index)
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_exchange_differentiates(kind):
     index = torch.tensor([1, 1], device=DEVICE)

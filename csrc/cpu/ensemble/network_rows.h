@@ -4,6 +4,7 @@
 #include "tiles.h"
 
 #include "../activation.h"
+#include "../philox.h"
 #include "../strips.h"
 
 namespace solera {
@@ -51,58 +52,20 @@ struct NetworkTables {
 namespace SOLERA_ISA {
 namespace {
 
-struct NetworkProduct {
-  vu low, high;
-};
-// The low and high halves of a 32 x 32 bit product.
-SOLERA_INLINE NetworkProduct network_multiply(vu a, uint32_t m) {
-#if defined(__AVX512F__)
-  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(int(m));
-  const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-  return {(vu)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)),
-          (vu)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)};
-#elif defined(__AVX2__)
-  const __m256i x = (__m256i)a, y = _mm256_set1_epi32(int(m));
-  const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-  return {(vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa),
-          (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)};
-#else
-  NetworkProduct out;
-  for (int i = 0; i < kLanes<float>; ++i) {
-    const uint64_t product = uint64_t(a[i]) * m;
-    out.low[i] = uint32_t(product);
-    out.high[i] = uint32_t(product >> 32);
-  }
-  return out;
-#endif
-}
-
-// The mask of row n: Philox4x32-10 (Salmon et al., 2011), one block for eight elements that lie 16
-// apart, so that a vector of blocks gives vectors of neighbours.
+// The mask of row n: one Philox block for eight elements that lie 16 apart, so that a vector of
+// blocks gives vectors of neighbours.
 template <class Real>
 void network_mask(const NetworkDropout& drop, int64_t n, int64_t columns, Real* mask) {
   constexpr int kWords = kLanes<float>, kGroup = 128, kBlocks = 16;
-  vu lane;
-  for (int i = 0; i < kWords; ++i) lane[i] = uint32_t(i);
+  const vu lane = lane_numbers();
   for (int64_t group = 0; group < columns; group += kGroup) {
     uint16_t bits[kGroup];
     for (int block = 0; block < kBlocks; block += kWords) {
-      vu c0 = lane + uint32_t(group / kGroup * kBlocks + block), c1 = vu{} + uint32_t(n),
-         c2 = vu{} + uint32_t(uint64_t(n) >> 32), c3 = vu{} + drop.layer;
-      uint32_t k0 = uint32_t(drop.key), k1 = uint32_t(drop.key >> 32);
-      for (int round = 0; round < 10; ++round) {
-        const NetworkProduct a = network_multiply(c0, 0xD2511F53u),
-                             b = network_multiply(c2, 0xCD9E8D57u);
-        c0 = b.high ^ c1 ^ k0;
-        c1 = b.low;
-        c2 = a.high ^ c3 ^ k1;
-        c3 = a.low;
-        k0 += 0x9E3779B9u;
-        k1 += 0xBB67AE85u;
-      }
-      const vu word[4] = {c0, c1, c2, c3};
+      const PhiloxWords random =
+          philox(lane + uint32_t(group / kGroup * kBlocks + block), uint32_t(n),
+                 uint32_t(uint64_t(n) >> 32), drop.layer, drop.key);
       for (int w = 0; w < 4; ++w) {
-        const vh low = truncate(word[w] & 0xffffu), high = truncate(word[w] >> 16);
+        const vh low = truncate(random.word[w] & 0xffffu), high = truncate(random.word[w] >> 16);
         memcpy(bits + (2 * w) * kBlocks + block, &low, sizeof low);
         memcpy(bits + (2 * w + 1) * kBlocks + block, &high, sizeof high);
       }

@@ -12,7 +12,7 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #endif
-#include "../simd.h"
+#include "../philox.h"
 
 namespace solera {
 
@@ -37,52 +37,6 @@ namespace SOLERA_ISA {
 namespace {
 
 constexpr int kWords = SOLERA_VECTOR_BYTES / 4;
-
-// The low and high halves of a 32 x 32 bit product.
-struct EmaProduct {
-  vu low, high;
-};
-SOLERA_INLINE EmaProduct multiply(vu a, uint32_t m) {
-#if defined(__AVX512F__)
-  const __m512i x = (__m512i)a, y = _mm512_set1_epi32(int(m));
-  const __m512i even = _mm512_mul_epu32(x, y), odd = _mm512_mul_epu32(_mm512_srli_epi64(x, 32), y);
-  return {(vu)_mm512_mask_blend_epi32(0xaaaa, even, _mm512_slli_epi64(odd, 32)),
-          (vu)_mm512_mask_blend_epi32(0xaaaa, _mm512_srli_epi64(even, 32), odd)};
-#elif defined(__AVX2__)
-  const __m256i x = (__m256i)a, y = _mm256_set1_epi32(int(m));
-  const __m256i even = _mm256_mul_epu32(x, y), odd = _mm256_mul_epu32(_mm256_srli_epi64(x, 32), y);
-  return {(vu)_mm256_blend_epi32(even, _mm256_slli_epi64(odd, 32), 0xaa),
-          (vu)_mm256_blend_epi32(_mm256_srli_epi64(even, 32), odd, 0xaa)};
-#else
-  EmaProduct out;
-  for (int i = 0; i < kWords; ++i) {
-    const uint64_t product = uint64_t(a[i]) * m;
-    out.low[i] = uint32_t(product);
-    out.high[i] = uint32_t(product >> 32);
-  }
-  return out;
-#endif
-}
-
-// Philox4x32-10 (Salmon et al., 2011) of a vector of counters whose first words are `first`.
-struct EmaRandom {
-  vu word[4];
-};
-SOLERA_INLINE EmaRandom philox(vu first, uint32_t second, uint32_t third, uint32_t fourth,
-                               uint64_t key) {
-  vu c0 = first, c1 = vu{} + second, c2 = vu{} + third, c3 = vu{} + fourth;
-  uint32_t k0 = uint32_t(key), k1 = uint32_t(key >> 32);
-  for (int round = 0; round < 10; ++round) {
-    const EmaProduct a = multiply(c0, 0xD2511F53u), b = multiply(c2, 0xCD9E8D57u);
-    c0 = b.high ^ c1 ^ k0;
-    c1 = b.low;
-    c2 = a.high ^ c3 ^ k1;
-    c3 = a.low;
-    k0 += 0x9E3779B9u;
-    k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
 
 // float32 to a half by adding random bits below its last place and truncating: the expected value
 // is the input. r holds 16 bits a lane. Infinities and NaN are kept; what passes the largest number
@@ -150,14 +104,13 @@ void update_nearest(T* average, const P* parameter, typename Acc<T>::type weight
 template <class T, class P>
 void update_stochastic(const EmaItem& item, T* average, const P* parameter, float weight,
                        int64_t offset, int64_t count) {
-  vu lane;
-  for (int i = 0; i < kWords; ++i) lane[i] = uint32_t(i);
+  const vu lane = lane_numbers();
   for (int64_t begin = offset; begin < offset + count; begin += 1024) {
     const uint64_t block = uint64_t(begin / 1024) * 128;
     const int64_t left = offset + count - begin;
     for (int64_t first = 0; first < 128 && first < left; first += kWords) {
-      const EmaRandom random = philox(lane + (uint32_t(block) + uint32_t(first)),
-                                      uint32_t(block >> 32), item.tensor, item.step, item.seed);
+      const PhiloxWords random = philox(lane + (uint32_t(block) + uint32_t(first)),
+                                        uint32_t(block >> 32), item.tensor, item.step, item.seed);
       for (int slot = 0; slot < 8; ++slot) {
         const int64_t inside = slot * 128 + first;
         const int n = int(left - inside < kWords ? left - inside : kWords);

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import accumulate_type
 from ..norm import class_moments, l2_normalize
+from ..norm.contrastive import scaled_cosines
 
 STEP = 4096  # rows whose centred copy exists at a time
 
@@ -32,11 +33,10 @@ def cosine_logits(x: Tensor, prototypes: Tensor, scale: float | Tensor = 1.0) ->
         ValueError, TypeError: naming the argument that does not fit.
 
     Source: Zhou et al., "Revisiting Class-Incremental Learning with Pre-Trained Models: Generalizability and Adaptivity
-    are All You Need", 2023 (class means of concatenated features as prototypes). Composition over `l2_normalize`.
+    are All You Need", 2023 (class means of concatenated features as prototypes). Composition over `l2_normalize`;
+    `norm.cosine_logits` is the same by a temperature, for rows that may have unit length already.
     """
-    _check.tensor("x", x, dim=2)
-    p = _rows("prototypes", prototypes, x.shape[1], x, "x")
-    return F.linear(l2_normalize(x), l2_normalize(p).to(x.dtype)) * scale
+    return scaled_cosines(x, prototypes, scale, "prototypes")
 
 
 def cosine_route(

@@ -9,6 +9,7 @@ from torch import Tensor
 from .. import _check
 from .._registry import accumulate_type
 from ._labels import labels, reduced
+from .l2_norm import l2_normalize
 from .normalized_softmax import EPS, normalized_softmax_cross_entropy
 from .row_dots import row_dots
 
@@ -100,20 +101,29 @@ def feature_direction_loss(
     return reduced(loss, y, reduction, student)
 
 
+def scaled_cosines(
+    x: Tensor, rows: object, scale: float | Tensor, name: str, *, unit: bool = False
+) -> Tensor:
+    """scale cos(x_b, r_c) in x's dtype, (B, d), (C, d) -> (B, C); `unit`: the rows have length one already."""
+    _check.tensor("x", x, dim=2)
+    r = _check.tensor(name, rows, dim=2)
+    _check.like(name, r, (r.shape[0], x.shape[1]), x)
+    return F.linear(l2_normalize(x), (r if unit else l2_normalize(r)).to(x.dtype)) * scale
+
+
 def cosine_logits(
     x: Tensor, weight: Tensor, *, temperature: float = 0.07, normalize_weight: bool = False
 ) -> Tensor:
     """normalize(x) @ weight.T / temperature, the weight's rows of unit length already. A composition.
 
+    `ensemble.cosine_logits` is the same with both sides normalised and a scale in place of the temperature.
+
     Shapes: (B, d), (C, d) -> (B, C).
 
     Source: Shen et al., "Equiangular Basis Vectors", 2023.
     """
-    _check.tensor("x", x, dim=2)
-    _check.like("weight", weight, (weight.shape[0], x.shape[1]), x)
-    if normalize_weight:
-        weight = F.normalize(weight, dim=1)
-    return F.normalize(x, dim=1) @ weight.to(x.dtype).t() / _positive("temperature", temperature)
+    scale = 1 / _positive("temperature", temperature)
+    return scaled_cosines(x, weight, scale, "weight", unit=not normalize_weight)
 
 
 def cosine_cross_entropy(

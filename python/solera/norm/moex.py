@@ -2,7 +2,8 @@ r"""Moments taken out of features and put back elsewhere: PONO, moment shortcuts
 
 Positional normalisation takes its moments over the channels of each position; moment exchange gives a sample
 the moments of another, $y_n = s_{\pi(n)}\,(x_n - m_n)/s_n + m_{\pi(n)}$, with moments of any kind. Both are core
-`channel_norm`; a gradient flows through the moments of receiver and donor alike.
+`channel_norm`, but for exchanges per position or per channel, which are core `moment_exchange`; a gradient
+flows through the moments of receiver and donor alike.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from ._statistics import (
     to_channels,
 )
 from .channel_norm import channel_norm, moments
+from .moment_exchange import MOST, exchange_moments
 
 KINDS = ("pono", "instance", "layer", "group", "group_pono", "batch")
 
@@ -228,6 +230,8 @@ def moment_exchange(
         "batch": (n * size, "x: each channel"),
     }[kind]
     ratio = bessel(each[0], correction, each[1])
+    if kind in ("pono", "instance") and each[0] <= MOST:
+        return exchange_moments(x, index, channels, eps, ratio)
     combine = partial(_exchange, kind=kind, groups=groups, eps=eps, ratio=ratio)
     return channel_norm(x, combine, (index,), channels=channels)[0]
 

@@ -218,6 +218,17 @@ def _reference_losses(x, weight, target, scale, margin, extra) -> Tensor:
     return torch.where(target >= 0, -F.logsigmoid(gap), 0.0)
 
 
+def _rounded(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """t * factor rounded to dtype, some rows at a time: with `out=` torch would make a whole product first."""
+    out = torch.empty_like(t, dtype=dtype)
+    if t.dim() == 0:
+        return out.copy_(t * factor)
+    for first in range(0, t.shape[0], COLUMNS):
+        part = slice(first, first + COLUMNS)
+        out[part] = t[part] * factor
+    return out
+
+
 def _row_weights(target: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
     ones = torch.ones(target.shape, dtype=dtype, device=target.device)
     return ones / (target >= 0).sum() if reduction == "mean" else ones
@@ -279,7 +290,7 @@ class _NormalizedSoftmax(torch.autograd.Function):
             elif factor is None or t.dtype == like.dtype:
                 out.append((t if factor is None else t.mul_(factor)).to(like.dtype))
             else:
-                out.append(torch.mul(t, factor, out=torch.empty_like(t, dtype=like.dtype)))
+                out.append(_rounded(t, factor, like.dtype))
         dx, dweight, dextra, dscale = out
         if isinstance(margin, MadaCos):
             dscale = None
