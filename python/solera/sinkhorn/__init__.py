@@ -2,5 +2,6 @@
 
 from .dense import sinkhorn
 from .result import SinkhornResult
+from .small import sinkhorn_normalize
 
-__all__ = ["SinkhornResult", "sinkhorn"]
+__all__ = ["SinkhornResult", "sinkhorn", "sinkhorn_normalize"]
