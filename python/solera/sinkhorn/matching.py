@@ -5,7 +5,8 @@ $$\bar S = \begin{pmatrix} S & \alpha\\ \alpha & \alpha\end{pmatrix},\quad
   \log Z = \bar S + u 1^\top + 1 v^\top + \log(m + n),$$
 
 u and v by T times $u_i = \log\mu_i - \mathrm{lse}_j(\bar S_{ij} + v_j)$,
-$v_j = \log\nu_j - \mathrm{lse}_i(\bar S_{ij} + u_i)$ from v = 0: the solve of core `dense` with cost $-\bar S$ and $\varepsilon = 1$, $u = \log\mu + f$, $v = \log\nu + g$.
+$v_j = \log\nu_j - \mathrm{lse}_i(\bar S_{ij} + u_i)$ from v = 0: the solve of
+core `dense` with cost $-\bar S$ and $\varepsilon = 1$, $u = \log\mu + f$, $v = \log\nu + g$.
 
 Backward through the iterations: D, the gradient of $\log Z$, becomes that of $\bar S$ by
 $D \leftarrow D - Q\,\mathrm{diag}(1^\top D)$ for a step of v with $Q = e^{\bar S + u + v} / \nu$, and

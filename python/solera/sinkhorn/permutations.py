@@ -127,7 +127,8 @@ def soft_sort(
     r"""x sorted, differentiably: $s_j = n \sum_i P_{ij} x_i$, P the entropic plan from x to n increasing targets.
 
     The cost is $(\tilde x_i - y_j)^2$, $y$ from 0 to 1 in equal steps,
-    $\tilde x = \sigma((x - \bar x) / \mathrm{std})$ with the mean and deviation held constant (`squash=False`: x itself, best within [0, 1]); uniform weights. As epsilon falls
+    $\tilde x = \sigma((x - \bar x) / \mathrm{std})$ with the mean and deviation held constant (`squash=False`:
+    x itself, best within [0, 1]); uniform weights. As epsilon falls
     to 0 the result tends to the sorted values; with more epsilon they are drawn together.
 
     Args:

@@ -61,7 +61,8 @@ class _TopK(torch.autograd.Function):
 def soft_top_k(x: Tensor, k: float, *, epsilon: float = 0.1, largest: bool = True) -> Tensor:
     r"""Weights in (0, 1) that sum to k, near 1 for the k largest.
 
-    $y_i = \sigma((x_i - t)/\varepsilon)$ with t such that they sum to k: entropic transport to bins of mass k and n - k.
+    $y_i = \sigma((x_i - t)/\varepsilon)$ with t such that they sum to k: entropic transport to bins of
+    mass k and n - k.
 
     Args:
         x: (..., n) finite scores (a row with a NaN is NaN), any n.
