@@ -169,7 +169,7 @@ class _Factors:
         return dp - p * dp.sum(-1, keepdim=True)
 
 
-def _forward(logits, iterations, kind, rows, eps):
+def normalize_factors(logits, iterations, kind, rows, eps):
     """By factors in plain torch, of any size."""
     if logits.numel() == 0:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
@@ -178,7 +178,8 @@ def _forward(logits, iterations, kind, rows, eps):
     return (m if rows else m.mT).to(logits.dtype).contiguous()
 
 
-def _backward(grad, logits, iterations, kind, rows, eps):
+def normalize_gradient(grad, logits, iterations, kind, rows, eps):
+    """Of logits (..., n, m), from that of the balanced matrices."""
     if logits.numel() == 0:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     x, g = (t.to(accumulate_type(logits)) for t in (logits, grad))
@@ -188,8 +189,8 @@ def _backward(grad, logits, iterations, kind, rows, eps):
     return (dx if rows else dx.mT).to(logits.dtype).contiguous()
 
 
-reference("sinkhorn_small")(_forward)
-reference("sinkhorn_small_backward")(_backward)
+reference("sinkhorn_small")(normalize_factors)
+reference("sinkhorn_small_backward")(normalize_gradient)
 
 
 # ---- autograd ----------------------------------------------------------------------------------------
@@ -215,7 +216,7 @@ class _Unrolled(torch.autograd.Function):
         elif _small(logits):
             dx = _op.sinkhorn_small_backward(grad, logits, *ctx.options)
         else:
-            dx = _backward(grad, logits, *ctx.options)
+            dx = normalize_gradient(grad, logits, *ctx.options)
         return dx, *[None] * len(ctx.options)
 
 
@@ -263,7 +264,7 @@ def _plain(logits: Tensor, options: tuple) -> Tensor:
         return normalize_reference(logits, *options).contiguous()
     if _small(logits):
         return _op.sinkhorn_small(logits, *options)
-    return _forward(logits, *options)
+    return normalize_factors(logits, *options)
 
 
 # ---- public function ---------------------------------------------------------------------------------
