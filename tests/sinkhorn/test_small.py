@@ -167,7 +167,7 @@ def test_log_variant_beyond_exponentials():
     wide = leaf.detach().double().requires_grad_()
     exact = normalize_reference(wide, T, 2, True, 1e-6)
     assert relative_error(y, exact) < 1e-4  # of logits of 3000 in float32
-    assert torch.isfinite(y).all() and (y[7].sum(-2) - 1).abs().max() < 1e-5
+    assert torch.isfinite(y).all() and (y[7].sum(-2) - 1).abs().max() < 1e-4
     others = [k for k in range(19) if k not in (3, 7)]
     assert torch.equal(y[others], near[others])
     grad = torch.randn_like(y)
