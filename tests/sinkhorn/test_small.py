@@ -4,6 +4,8 @@ import pytest
 import torch
 from function_checks import compiles, works_under_torch_func
 from helpers import DEVICE, DTYPES, INTERPRETED, ULP, assert_accurate, randn, relative_error
+from hypothesis import given
+from hypothesis import strategies as st
 
 import solera
 from solera.sinkhorn import sinkhorn_normalize
@@ -344,6 +346,40 @@ def test_torch_func():
     torch.testing.assert_close(each, sinkhorn_normalize(x))
     with pytest.raises(NotImplementedError, match="implicit"):
         torch.func.vmap(lambda x: sinkhorn_normalize(x, gradient="implicit"))(x)
+
+
+@pytest.mark.no_interpreter
+@given(
+    shape=st.tuples(st.integers(0, 20), st.integers(0, 9), st.integers(0, 9)),
+    options=st.tuples(
+        st.integers(1, 4), st.integers(0, 2), st.booleans(), st.sampled_from([1e-6, 0.1])
+    ),
+    scale=st.sampled_from([0.0, 1.0, 50.0, 1e30]),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+)
+def test_any_shape_and_value(shape, options, scale, dtype):
+    x = (torch.randn(shape, dtype=torch.float64) * scale).to(DEVICE, dtype).requires_grad_()
+    iterations, kind, rows, eps = options
+    y = sinkhorn_normalize(
+        x, iterations, variant=VARIANTS[kind], first="rows" if rows else "columns", eps=eps
+    )
+    dx = torch.autograd.grad(y.sum(), x)[0]
+    assert y.shape == dx.shape == shape
+    assert torch.isfinite(y).all() and torch.isfinite(dx).all()
+    if x.numel() and scale < 1e30:
+        # A logit of 50 has an ulp of 4e-6 in float32, and so has the result.
+        allowed = (1e-13 if dtype == torch.float64 else 1e-6) * max(1.0, scale)
+        exact = normalize_reference(x.detach().double(), *options)
+        assert (y - exact).abs().max() < allowed
+
+
+@pytest.mark.no_interpreter
+def test_autocast_leaves_it_alone():
+    for n in (4, 40):
+        x = randn(3, n, n)
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            y = sinkhorn_normalize(x)
+        assert torch.equal(y, sinkhorn_normalize(x))
 
 
 @pytest.mark.no_interpreter

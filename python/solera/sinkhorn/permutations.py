@@ -173,5 +173,5 @@ def soft_rank(
     """
     wide, plan = _soft_order(x, epsilon, iterations, direction, squash)
     n = x.shape[-1]
-    rank = plan @ torch.arange(1, n + 1, dtype=wide.dtype, device=x.device)
+    rank = (plan * torch.arange(1, n + 1, dtype=wide.dtype, device=x.device)).sum(-1)
     return (n + 1 - rank if direction == "descending" else rank).to(x.dtype)

@@ -138,7 +138,8 @@ class _Factors:
         if self.kind == LOG:
             f = -_lse(K + u.unsqueeze(-1), -2).squeeze(-2) - math.log(ratio)
             return f, w, torch.ones_like(f)
-        t = (K.mT @ u.unsqueeze(-1)).squeeze(-1) * ratio
+        with torch.autocast(K.device.type, enabled=False):  # sums are float32's or better
+            t = (K.mT @ u.unsqueeze(-1)).squeeze(-1) * ratio
         least = self.eps * w
         live = (least <= t).to(t.dtype) if self.kind == SCALING else torch.ones_like(w)
         w = t + least if self.kind == DEEPSEEK else torch.where(least > t, least, t)
