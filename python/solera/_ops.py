@@ -808,6 +808,26 @@ def _(x, y, g, b, cost, epsilon):
 def _(x, y, f, g, v, cost, epsilon, power, signs):
     batch, n, d = x.shape
     return x.new_empty((batch, n, d if signs else v.shape[2]))
+# ---- sinkhorn.small ----------------------------------------------------------------------------------
+
+# logits (batch, n, m), n and m up to 32; kind is the index in solera.sinkhorn.small.VARIANTS.
+
+
+@op(
+    "sinkhorn.small",
+    "sinkhorn_small(Tensor logits, int iterations, int kind, bool rows, float eps) -> Tensor",
+)
+def _(logits, iterations, kind, rows, eps):
+    return logits.new_empty(logits.shape)
+
+
+@op(
+    "sinkhorn.small",
+    "sinkhorn_small_backward(Tensor grad, Tensor logits, int iterations, int kind, bool rows, float eps)"
+    " -> Tensor",
+)
+def _(grad, logits, iterations, kind, rows, eps):
+    return logits.new_empty(logits.shape)
 
 
 # ---- weights.lincomb ---------------------------------------------------------------------------------

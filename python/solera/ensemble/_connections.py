@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._registry import accumulate_type
+from ..sinkhorn.small import SCALING, normalize_gradient, normalize_reference
 
 FIXED, HYPER, MANIFOLD = 0, 1, 2
 
@@ -18,29 +19,16 @@ def streams_of(h: Tensor, out: Tensor | None, out_beta: Tensor | None) -> Tensor
     return v + out_beta.to(v.dtype).permute(0, 2, 1).unsqueeze(-1) * out.to(v.dtype).unsqueeze(1)
 
 
-def _normalise(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    s = x.sum(dim, keepdim=True).clamp_min(1e-30)
-    return x / s, s
+def _sinkhorn(iterations: int) -> tuple[int, int, bool, float]:
+    """The options of solera.sinkhorn.small by which mHC's mixing is balanced: columns first."""
+    return iterations, SCALING, False, 1e-30
 
 
-def _sinkhorn(t: Tensor, iterations: int) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """The scaled matrix, and the (dim, sum) of each step."""
-    m = torch.exp(t - t.amax(-2, keepdim=True).detach())
-    steps = []
-    for _ in range(iterations):
-        for dim in (-2, -1):
-            m, s = _normalise(m, dim)
-            steps.append((dim, s))
-    return m, steps
-
-
-def manifold_coefficients(
-    t: Tensor, n: int, iterations: int
-) -> tuple[Tensor, list[tuple[int, Tensor]]]:
-    """Coefficients (O, I, n, n + 2) of mHC from the scaled logits, and the steps of their Sinkhorn."""
-    m, steps = _sinkhorn(t[..., 2 * n :].unflatten(-1, (n, n)), iterations)
+def manifold_coefficients(t: Tensor, n: int, iterations: int) -> Tensor:
+    """Coefficients (O, I, n, n + 2) of mHC from the scaled logits."""
+    m = normalize_reference(t[..., 2 * n :].unflatten(-1, (n, n)), *_sinkhorn(iterations))
     pre, post = torch.sigmoid(t[..., :n]), 2 * torch.sigmoid(t[..., n : 2 * n])
-    return torch.cat([pre.unsqueeze(-1), m.mT, post.unsqueeze(-1)], -1), steps
+    return torch.cat([pre.unsqueeze(-1), m.mT, post.unsqueeze(-1)], -1)
 
 
 def projected(v, projection, kind, centred, eps):
@@ -63,7 +51,7 @@ def coefficients_of(z, constant, fixed, scale, n, kind, tanh, iterations):
     if kind == FIXED:
         return fixed.unflatten(0, (n, n + 2))
     if kind == MANIFOLD:
-        return manifold_coefficients(fixed + scale * z, n, iterations)[0]
+        return manifold_coefficients(fixed + scale * z, n, iterations)
     a = z if constant is None else z + constant
     return (fixed + scale * (torch.tanh(a) if tanh else a)).unflatten(-1, (n, n + 2))
 
@@ -76,12 +64,11 @@ def through_coefficients(dc, z, constant, fixed, scale, kind, tanh, iterations):
         a = torch.tanh(a) if tanh else a
         g = dc.flatten(2)
         return g * scale * ((1 - a * a) if tanh else 1.0), g * a, g
-    c, steps = manifold_coefficients(fixed + scale * z, n, iterations)
-    y, g = c[..., 1 : n + 1].mT, dc[..., 1 : n + 1].mT
-    for dim, s in reversed(steps):
-        g = (g - (g * y).sum(dim, keepdim=True)) / s
-        y = y * s
+    t = fixed + scale * z
+    c = manifold_coefficients(t, n, iterations)
+    logits = t[..., 2 * n :].unflatten(-1, (n, n))
+    mixing = normalize_gradient(dc[..., 1 : n + 1].mT, logits, *_sinkhorn(iterations))
     pre, half = c[..., 0], c[..., n + 1] / 2
     parts = [dc[..., 0] * pre * (1 - pre), 2 * dc[..., n + 1] * half * (1 - half)]
-    g = torch.cat([*parts, (g * y).flatten(2)], -1)
+    g = torch.cat([*parts, mixing.flatten(2)], -1)
     return g * scale, g * z, g
