@@ -808,6 +808,8 @@ def _(x, y, g, b, cost, epsilon):
 def _(x, y, f, g, v, cost, epsilon, power, signs):
     batch, n, d = x.shape
     return x.new_empty((batch, n, d if signs else v.shape[2]))
+
+
 # ---- sinkhorn.small ----------------------------------------------------------------------------------
 
 # logits (batch, n, m), n and m up to 32; kind is the index in solera.sinkhorn.small.VARIANTS.
