@@ -15,7 +15,7 @@ from solera.sinkhorn.newton_sparse import newton_pass_reference, newton_solve_re
 ops = torch.ops.solera
 F64 = torch.float64
 # One entry, one column, less than a vector, more than a block of rows, more than a GPU tile of columns.
-SHAPES = [(1, 1, 1, 1), (1, 9, 1, 1), (2, 9, 4, 0), (2, 70, 33, 5), (1, 150, 700, 8)]
+SHAPES = [(1, 1, 1, 1), (1, 9, 1, 1), (2, 9, 4, 0), (2, 70, 33, 5), (1, 70, 530, 8)]
 
 
 def state(batch, n, m, zeros=False):
@@ -96,13 +96,14 @@ def test_the_forest_takes_few_iterations_where_the_diagonal_takes_hundreds(eta):
     *_, iterations = ops.sinkhorn_newton_solve(values, index, p, q, ra, rb, 1e-13, 1e-6, 1000)
     assert iterations < 60
     exact, short = (
-        ops.sinkhorn_newton_solve(values, index, p, q, ra, rb, 1e-13, 1e-14, k)[:2] for k in (1000, 5)
+        ops.sinkhorn_newton_solve(values, index, p, q, ra, rb, 1e-13, 1e-14, k)[:2]
+        for k in (1000, 5)
     )
     slope = [(ra * x).sum() + (rb * y).sum() for x, y in (exact, short)]
     assert 0 < slope[1] <= slope[0] * (1 + 1e-9)  # cut short it ascends too
 
 
-@pytest.mark.parametrize("shape", [(2, 70, 33), (1, 150, 700)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 70, 33), (1, 70, 530)], ids=str)
 def test_same_bits_for_any_thread_count_and_batch(shape):
     cost, a, b, f, g = state(*shape)
     threads, runs = torch.get_num_threads(), []
@@ -111,7 +112,9 @@ def test_same_bits_for_any_thread_count_and_batch(shape):
             torch.set_num_threads(n)
             out = ops.sinkhorn_newton_pass(cost, a, b, f, g, 0.05, 4)
             p, q, v, i = out
-            runs.append((*out, *ops.sinkhorn_newton_solve(v, i, p, q, a - p, b - q, 1e-9, 1e-6, 50)))
+            runs.append(
+                (*out, *ops.sinkhorn_newton_solve(v, i, p, q, a - p, b - q, 1e-9, 1e-6, 50))
+            )
     finally:
         torch.set_num_threads(threads)
     for other in runs[1:]:
@@ -120,6 +123,7 @@ def test_same_bits_for_any_thread_count_and_batch(shape):
     assert all(torch.equal(x[:1], y) for x, y in zip(runs[0], alone))
 
 
+@pytest.mark.no_interpreter
 def test_opcheck():
     cost, a, b, f, g = state(2, 6, 5)
     for c in (cost, cost.mT.contiguous().mT, cost[:1].expand(2, 6, 5)):
@@ -176,7 +180,7 @@ def test_returns_to_sinkhorn_where_the_plan_is_too_large_to_factor(monkeypatch):
 
 
 def test_batch_marginals_and_shapes():
-    n, m = (12, 9) if INTERPRETED else (40, 33)
+    n, m = (6, 5) if INTERPRETED else (40, 33)
     cost, a, b = problem(2, 3, n, m, dtype=F64, zeros=True)
     cost[0, 1, 3, 2] = math.inf
     r = sinkhorn_newton_sparse(cost, a, b, epsilon=0.01)
@@ -196,7 +200,7 @@ def test_batch_marginals_and_shapes():
 
 
 def test_float32_and_half_input_reach_the_same_tolerance():
-    cost, a, b = problem(20, 17)
+    cost, a, b = problem(8, 7)
     for dtype in (torch.float32, torch.bfloat16):
         c, x, y = (t.to(dtype) for t in (cost, a, b))
         r = sinkhorn_newton_sparse(c, x, y, epsilon=0.01)
@@ -208,7 +212,7 @@ def test_float32_and_half_input_reach_the_same_tolerance():
 def test_one_bad_problem_of_a_batch_leaves_the_others():
     cost, a, b = problem(3, 6, 5, dtype=F64)
     cost[1, 2] = math.nan
-    with pytest.raises(ValueError, match="cost: expected numbers.*NaN"):
+    with pytest.raises(ValueError, match=r"cost: expected numbers.*NaN"):
         sinkhorn_newton_sparse(cost, a, b, epsilon=0.1, validate=True)
     if DEVICE == "cpu":
         with pytest.warns(UserWarning, match="1 of 3 problems have a marginal error above"):
@@ -247,14 +251,14 @@ def test_gradcheck(output):
 
 
 def test_reference_backend_copies_and_transforms():
-    cost, a, b = problem(10, 8, dtype=F64)
+    cost, a, b = problem(7, 6, dtype=F64)
     r = sinkhorn_newton_sparse(cost, a, b, epsilon=0.02)
     with solera.backend("reference"):
         q = sinkhorn_newton_sparse(cost, a, b, epsilon=0.02)
     torch.testing.assert_close(q.f, r.f, rtol=0, atol=1e-11)
     back = torch.utils._pytree.tree_map(lambda t: t, copy.deepcopy(r))
     assert isinstance(back, NewtonResult) and torch.equal(back.plan(), r.plan())
-    with pytest.raises(RuntimeError, match="torch.func transforms"):
+    with pytest.raises(RuntimeError, match=r"torch\.func transforms"):
         torch.func.vmap(lambda c: sinkhorn_newton_sparse(c, epsilon=0.1).f)(cost[None])
 
 
@@ -270,7 +274,7 @@ BAD = [
     (lambda: sinkhorn_newton_sparse(C, epsilon=1, n_sinkhorn=1.5), TypeError, "n_sinkhorn: expected an int"),
     (lambda: sinkhorn_newton_sparse(C, epsilon=1, max_newton=0), ValueError, "max_newton: expected at least 1"),
     (lambda: sinkhorn_newton_sparse(C, epsilon=1, tolerance=-1), ValueError, "tolerance: expected a finite"),
-    (lambda: sinkhorn_newton_sparse(C, torch.ones(3), epsilon=1, validate=True), ValueError, "a, b: expected equal totals"),
+    (lambda: sinkhorn_newton_sparse(C, torch.ones(3), epsilon=1, validate=True), ValueError, "a, b: expected equal"),
 ]  # fmt: skip
 
 

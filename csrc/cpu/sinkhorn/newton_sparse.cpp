@@ -83,8 +83,8 @@ void pass(const NewtonPass& p, int64_t first, int64_t last) {
       }
       if (j < p.m) {
         const int lanes = int(p.m - j);
-        const vd v = entry(load_tail(row + j, lanes), load_tail(g + j, lanes),
-                           load_tail(p.b + j, lanes));
+        const vd v =
+            entry(load_tail(row + j, lanes), load_tail(g + j, lanes), load_tail(p.b + j, lanes));
         sum += v;
         store_n(partial + j, load_tail(partial + j, lanes) + v, lanes);
         if (p.keep > 0) select(v, j, lanes);
@@ -166,13 +166,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> sinkhorn_newton_pass(
   return {row_sum, column_sum, values, index};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sinkhorn_newton_solve(
-    const Tensor& values_in, const Tensor& index_in, const Tensor& p_in, const Tensor& q_in,
-    const Tensor& ra_in, const Tensor& rb_in, double shift, double tolerance,
-    int64_t max_iterations) {
+std::tuple<Tensor, Tensor, Tensor> sinkhorn_newton_solve(const Tensor& values_in,
+                                                         const Tensor& index_in, const Tensor& p_in,
+                                                         const Tensor& q_in, const Tensor& ra_in,
+                                                         const Tensor& rb_in, double shift,
+                                                         double tolerance, int64_t max_iterations) {
   expect_double(values_in);
-  const Tensor values = dense(values_in), index = dense(index_in), p = dense(p_in),
-               q = dense(q_in), ra = dense(ra_in), rb = dense(rb_in);
+  const Tensor values = dense(values_in), index = dense(index_in), p = dense(p_in), q = dense(q_in),
+               ra = dense(ra_in), rb = dense(rb_in);
   const int64_t batch = values.size(0), n = values.size(1), keep = values.size(2), m = q.size(1);
   Tensor x = empty_like(values, {batch, n}), y = empty_like(values, {batch, m});
   Tensor iterations = empty_like(values, {batch}, ScalarType::Long);
@@ -180,8 +181,8 @@ std::tuple<Tensor, Tensor, Tensor> sinkhorn_newton_solve(
   parallel_for(0, batch, 1, [&](int64_t begin, int64_t end) {
     for (int64_t k = begin; k < end; ++k) {
       const int64_t* columns = (const int64_t*)index.const_data_ptr() + k * n * keep;
-      NewtonSystem system(n, m, keep, at(values, k * n * keep), columns, at(p, k * n),
-                          at(q, k * m), shift);
+      NewtonSystem system(n, m, keep, at(values, k * n * keep), columns, at(p, k * n), at(q, k * m),
+                          shift);
       count[k] = system.solve(at(ra, k * n), at(rb, k * m), at(x, k * n), at(y, k * m), tolerance,
                               max_iterations);
     }

@@ -64,7 +64,10 @@ _op = torch.ops.solera
 SHIFT = 1e-13  # of the scaled diagonal
 WHOLE = 2048  # shorter side up to which the whole plan is factored
 WIDEST = 64  # entries a row beyond which truncation is given up
-_FAR, _NEAR = 0.05, 1e-3  # marginal errors from which on a larger epsilon comes first, and how far it is solved
+_FAR, _NEAR = (
+    0.05,
+    1e-3,
+)  # marginal errors from which on a larger epsilon comes first, and how far it is solved
 _DROPPED = 1e-3  # mass left out of S above which keep_per_row grows
 
 
@@ -195,7 +198,9 @@ class _Newton:
             x, y = self._direction(p, q, values, index, ra, rb)
             self.report.newton_steps += 1
             before = self.error
-            length = self._search(x, y, (ra * x).sum() + (rb * y).sum(), (a * x).sum() + (b * y).sum())
+            length = self._search(
+                x, y, (ra * x).sum() + (rb * y).sum(), (a * x).sum() + (b * y).sum()
+            )
             if length == 0.0:
                 if self.error <= self._rounding():
                     break
@@ -285,10 +290,10 @@ def _solve_one(cost, a, b, f, g, epsilon, keep, n_sinkhorn, max_newton, toleranc
     flip = n < m
     if flip:
         cost, a, b, f, g = cost.mT.contiguous(), b, a, g, f
-    problem = (t.unsqueeze(0) for t in (cost, a, b, f, g))
-    newton = _started(*problem, epsilon, min(keep, min(n, m)), n_sinkhorn, max_newton)
+    cost, a, b, f, g = (t.unsqueeze(0) for t in (cost, a, b, f, g))
+    newton = _started(cost, a, b, f, g, epsilon, min(keep, min(n, m)), n_sinkhorn, max_newton)
     newton.run(max_newton, tolerance)
-    f, g, report = newton.f[0], newton.g[0], newton.report
+    f, g, report = newton.f, newton.g, newton.report
     if report.returned_to_sinkhorn:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the caller warns once, of the whole batch
@@ -298,6 +303,7 @@ def _solve_one(cost, a, b, f, g, epsilon, keep, n_sinkhorn, max_newton, toleranc
             )  # fmt: skip
         f, g = result.f, result.g
         report.iterations += int(result.iterations)
+    f, g = f[0], g[0]
     return (g, f, report) if flip else (f, g, report)
 
 
@@ -414,9 +420,7 @@ def sinkhorn_newton_sparse(
     a, b = _weights("a", a, n, cost), _weights("b", b, m, cost)
     b = _same_total(a, b, max((_TOTALS[k] for k in kinds if k in _TOTALS), default=0.0))
     with torch.no_grad():
-        start = sinkhorn(
-            cost, a, b, epsilon=epsilon, max_iterations=n_sinkhorn, validate=validate
-        )
+        start = sinkhorn(cost, a, b, epsilon=epsilon, max_iterations=n_sinkhorn, validate=validate)
         cost3, a2, b2 = start._problem
         f, g = start.f.reshape(a2.shape).clone(), start.g.reshape(b2.shape).clone()
         reports = []
