@@ -264,6 +264,7 @@ def test_low_rank_gradient_and_entropy():
 
 
 M = torch.rand(3, 4)
+W = torch.full((3,), 1 / 3, requires_grad=True)
 BAD = [
     (lambda: c_transform(M, M[0], epsilon=-1), ValueError, "epsilon: expected a finite number"),
     (lambda: c_transform(M, M), ValueError, r"g: expected shape \(4,\)"),
@@ -279,7 +280,7 @@ BAD = [
     (lambda: free_support_barycenter([M[:, :2]], M, epsilon=1.0), ValueError, r"points\[0\]: expected shape"),
     (lambda: free_support_barycenter([M], M, [M[0], M[0]], epsilon=1.0), ValueError, "masses: expected 1"),
     (lambda: gromov_wasserstein(M, M, epsilon=1.0), ValueError, "c_x: expected shape"),
-    (lambda: gromov_wasserstein(M[:, :3], M[:, :3], torch.ones(3, requires_grad=True), epsilon=1), ValueError, "a: grad"),
+    (lambda: gromov_wasserstein(M[:, :3], M[:, :3], W, epsilon=1.0), ValueError, "a: gradients"),
     (lambda: low_rank_sinkhorn(M, rank=4), ValueError, r"rank: expected at most min\(n, m\) = 3, got 4"),
     (lambda: low_rank_sinkhorn((M, M[:, :2]), rank=1), ValueError, r"cost\[1\]: expected shape"),
     (lambda: low_rank_sinkhorn(1.0, rank=1), TypeError, "cost: expected a tensor or a pair"),
