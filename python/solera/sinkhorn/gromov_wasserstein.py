@@ -23,6 +23,8 @@ class GromovResult:
         distortion: (...), the same without the entropy. Not differentiable.
         f, g: (..., n), (..., m), potentials of the last linear problem.
         change: (...), L1 norm of T's last change; iterations: the linear problems solved.
+
+    Shapes: (...) is the batch of the two matrices.
     """
 
     plan: Tensor
