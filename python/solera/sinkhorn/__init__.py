@@ -8,6 +8,12 @@ from .listwise import pld_loss
 from .matching import log_optimal_transport
 from .permutations import gumbel_sinkhorn, soft_rank, soft_sort
 from .points import SinkhornPointsResult, sinkhorn_points, soft_c_transform
+from .barycenters import barycenter, free_support_barycenter
+from .dense import sinkhorn
+from .dual import c_transform, dual_ascent, semi_dual_cost
+from .gromov_wasserstein import GromovResult, gromov_wasserstein
+from .low_rank import LowRankResult, low_rank_sinkhorn, squared_distance_factors
+from .newton_sparse import NewtonResult, sinkhorn_newton_sparse
 from .result import SinkhornResult
 from .small import sinkhorn_normalize
 from .top_k import soft_top_k
@@ -44,4 +50,18 @@ __all__ = [
     "soft_top_k",
     "transfer_cost",
     "transport_gradient",
+    "GromovResult",
+    "LowRankResult",
+    "NewtonResult",
+    "SinkhornResult",
+    "barycenter",
+    "c_transform",
+    "dual_ascent",
+    "free_support_barycenter",
+    "gromov_wasserstein",
+    "low_rank_sinkhorn",
+    "semi_dual_cost",
+    "sinkhorn",
+    "sinkhorn_newton_sparse",
+    "squared_distance_factors",
 ]
