@@ -8,6 +8,7 @@ struct SinkhornTable {
   void (*row_pass)(const SinkhornProblem&, void* buffer, int64_t first, int64_t last,
                    bool evaluate);
   void (*column_pass)(const SinkhornProblem&, int64_t first, int64_t last);
+  double (*since_kept)(const SinkhornProblem&);
   int64_t lanes;
 };
 struct SinkhornTables {
@@ -18,10 +19,10 @@ namespace SOLERA_ISA {
 
 extern const SinkhornTables sinkhorn_tables;
 const SinkhornTables sinkhorn_tables = {
-    {row_pass<float, false>, column_pass<float, false>, kLanes<float>},
-    {row_pass<double, false>, column_pass<double, false>, kLanes<double>},
-    {row_pass<float, true>, column_pass<float, true>, kLanes<float>},
-    {row_pass<double, true>, column_pass<double, true>, kLanes<double>},
+    {row_pass<float, false>, column_pass<float, false>, since_kept<float>, kLanes<float>},
+    {row_pass<double, false>, column_pass<double, false>, since_kept<double>, kLanes<double>},
+    {row_pass<float, true>, column_pass<float, true>, since_kept<float>, kLanes<float>},
+    {row_pass<double, true>, column_pass<double, true>, since_kept<double>, kLanes<double>},
 };
 
 }  // namespace SOLERA_ISA
@@ -76,6 +77,16 @@ struct SinkhornOptions {
     const bool checked = tolerance > 0 && (iteration + 1) % check_every == 0;
     return checked || iteration + 1 == max_iterations ? 1 : momentum;
   }
+  // The iterations that make, or evaluate, a state that may be returned.
+  bool looked_at(int64_t iteration) const {
+    const bool checked =
+        tolerance > 0 && ((iteration + 1) % check_every == 0 || iteration % check_every == 0);
+    return checked || iteration + 1 == max_iterations;
+  }
+  // Whether a matrix of n x m elements is worth keeping: used more than once, and not a burden.
+  bool keeps(int64_t bytes) const {
+    return max_iterations > 4 && (tolerance == 0 || check_every > 4) && bytes <= 1 << 28;
+  }
 };
 
 // By how much, over epsilon a_i h_i, the dual value rises when a potential takes the step
@@ -105,6 +116,7 @@ struct SinkhornScratch {
   int64_t n, m, stride, block_rows, blocks, chunks, workers;
   Tensor memory;
   T *f[2], *g, *b, *log_a, *log_b, *partial, *buffer;
+  T *kept, *f_kept, *g_kept, *u, *v, *bv;  // null if there is to be no kept matrix
   double *error, *mass;
   int64_t* dead;
 
@@ -118,7 +130,8 @@ struct SinkhornScratch {
     chunks = (m + kSinkhornColumns - 1) / kSinkhornColumns;
   }
 
-  SinkhornScratch(const Tensor& like, int64_t rows, int64_t columns, int64_t lanes, int64_t workers)
+  SinkhornScratch(const Tensor& like, int64_t rows, int64_t columns, int64_t lanes, int64_t workers,
+                  bool keep)
       : workers(workers) {
     fit(rows, columns, lanes);
     // The most blocks that a problem of at most so many rows has.
@@ -140,7 +153,13 @@ struct SinkhornScratch {
                           take(workers * kSinkhornRows * stride, size),
                           take(most, 8),
                           take(most, 8),
-                          take(most + chunks, 8)};
+                          take(most + chunks, 8),
+                          take(keep ? rows * stride : 0, size),
+                          take(rows, size),
+                          take(stride, size),
+                          take(rows, size),
+                          take(stride, size),
+                          take(stride, size)};
     memory = empty_like(like, {bytes / size + 1});
     char* base = static_cast<char*>(memory.mutable_data_ptr());
     T** const elements[] = {&f[0], &f[1], &g, &b, &log_a, &log_b, &partial, &buffer};
@@ -148,6 +167,9 @@ struct SinkhornScratch {
     error = reinterpret_cast<double*>(base + at[8]);
     mass = reinterpret_cast<double*>(base + at[9]);
     dead = reinterpret_cast<int64_t*>(base + at[10]);
+    T** const more[] = {&kept, &f_kept, &g_kept, &u, &v, &bv};
+    for (int k = 0; k < 6; ++k) *more[k] = reinterpret_cast<T*>(base + at[11 + k]);
+    if (!keep) kept = nullptr;
   }
 };
 
@@ -198,10 +220,35 @@ void solve(const SinkhornTable& table, const SinkhornOptions& options, const Sin
   s.fit(n, m, table.lanes);
   const double kappa = kLog2E / options.epsilon;
   const double total_a = total_weight(io.a, n), total_b = total_weight(io.b, m);
-  SinkhornProblem p{io.cost, io.a,    s.b,       s.log_a,      s.log_b,        nullptr,
-                    nullptr, s.g,     s.partial, s.error,      s.mass,         s.dead,
-                    n,       m,       s.stride,  s.block_rows, s.blocks,       io.step,
-                    kappa,   total_a, 1,         options.rows, options.columns};
+  SinkhornProblem p{io.cost,
+                    io.a,
+                    s.b,
+                    s.log_a,
+                    s.log_b,
+                    nullptr,
+                    nullptr,
+                    s.g,
+                    s.partial,
+                    s.error,
+                    s.mass,
+                    s.dead,
+                    n,
+                    m,
+                    s.stride,
+                    s.block_rows,
+                    s.blocks,
+                    io.step,
+                    kappa,
+                    total_a,
+                    1,
+                    options.rows,
+                    options.columns,
+                    s.kept,
+                    s.f_kept,
+                    s.g_kept,
+                    s.u,
+                    nullptr,
+                    s.bv};
   for (int64_t i = 0; i < n; ++i) {
     s.f[0][i] = io.f_init ? T(kappa * io.f_init[i]) : T(0);
     s.log_a[i] = std::log2(io.a[i]);
@@ -223,17 +270,34 @@ void solve(const SinkhornTable& table, const SinkhornOptions& options, const Sin
       table.row_pass(p, s.buffer + worker * kSinkhornRows * s.stride, first, last, evaluate);
     });
     error = mass = 0;
+    bool good = true;
     for (int64_t k = 0; k < s.blocks; ++k) {
       error += s.error[k];
       mass += s.mass[k];
-      if (s.dead[k]) alive = false;
+      if (s.dead[k] & 1) alive = false;
+      if (s.dead[k] & 2) good = false;
     }
+    return good;
+  };
+  // A pass over the kept matrix if there is one that serves, else a fresh one, which leaves one
+  // unless a row was done by an exact log-sum-exp.
+  bool have_kept = false;
+  const auto next_pass = [&](int64_t old, bool fresh) {
+    p.f_old = s.f[old];
+    if (have_kept && !fresh) {
+      p.v = s.v;
+      if (table.since_kept(p) <= 10 && row_pass(old, false)) return;
+    }
+    p.v = nullptr;
+    for (int64_t i = 0; s.kept && i < n; ++i) s.f_kept[i] = s.f[old][i];
+    for (int64_t j = 0; s.kept && j < s.stride; ++j) s.g_kept[j] = s.g[j];
+    have_kept = row_pass(old, false) && s.kept;
   };
   int64_t current = 0, iteration = 0;
   bool evaluated = false;
   while (alive && iteration < options.max_iterations) {
     p.momentum = options.momentum_at(iteration);
-    row_pass(current, false);
+    next_pass(current, options.looked_at(iteration));
     if (options.tolerance > 0 && iteration > 0 && iteration % options.check_every == 0 &&
         error <= options.tolerance) {
       evaluated = true;  // f_old and g are the converged state: the new row potentials are dropped
@@ -249,6 +313,7 @@ void solve(const SinkhornTable& table, const SinkhornOptions& options, const Sin
     current = 1 - current;
     ++iteration;
   }
+  p.v = nullptr;
   if (alive && !evaluated) row_pass(current, true);
   *io.iterations = iteration;
   if (!alive) {
@@ -301,13 +366,14 @@ void solve_all(const SinkhornTable& table, const SinkhornOptions& options, const
   // thread problems of its own is split between problems instead. Neither changes a bit.
   const int64_t threads = int64_t(torch::stable::get_num_threads());
   const bool large = n * m >= 131072;
+  const bool keep = options.keeps(n * m * int64_t(sizeof(T)));
   if (large && batch < 2 * threads) {
-    SinkhornScratch<T> scratch(like, n, m, table.lanes, threads);
+    SinkhornScratch<T> scratch(like, n, m, table.lanes, threads, keep);
     for (int64_t k = 0; k < batch; ++k) solve(table, options, item(k), scratch);
     return;
   }
   parallel_for(0, batch, grain_for(n * m * int64_t(sizeof(T))), [&](int64_t begin, int64_t end) {
-    SinkhornScratch<T> scratch(like, n, m, table.lanes, 1);
+    SinkhornScratch<T> scratch(like, n, m, table.lanes, 1, keep);
     for (int64_t k = begin; k < end; ++k) solve(table, options, item(k), scratch);
   });
 }

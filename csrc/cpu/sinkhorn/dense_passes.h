@@ -22,8 +22,14 @@
 // w_ij is 2^(new F_i - F_i) instead of 1 / s_i. Where L_i lies outside [low, high] the dual value
 // could fall with w, so that row takes w = 1. These are the `General` passes.
 //
-// An iteration on n x m: reads n m elements of C, n m exponentials, 10 vector operations each or
-// so; the buffers stay in L1/L2. Row blocks depend on the shape alone and their column sums are
+// The w_ij of one pass can serve the following ones too: kept as W, with the potentials F0 and G0
+// of that time, they are w_ij = u_i W_ij v_j for u = 2^(F - F0), v = 2^(G - G0): two
+// multiplications and additions instead of an exponential. That holds to rounding while u and v
+// stay within 2^10; then, before the error is looked at, and for what is returned, W is made anew
+// (a `Fresh` pass).
+//
+// An iteration on n x m: reads n m elements of C or W, n m exponentials, 10 vector operations each
+// or so; the buffers stay in L1/L2. Row blocks depend on the shape alone and their column sums are
 // added in order: same bits for any number of threads, and for any batch.
 #pragma once
 
@@ -44,11 +50,13 @@ struct SinkhornProblem {
   void *f_new, *g;
   void* partial;         // [blocks][stride] column sums of a row block
   double *error, *mass;  // [blocks] sum_i a_i |s_i - h_i| and sum_i a_i s_i of the state (f_old, g)
-  int64_t* dead;         // [blocks + column chunks] set where no finite potential exists
+  int64_t* dead;         // [blocks + column chunks] 1: no finite potential exists; 2: see above
   int64_t n, m, stride, block_rows, blocks;
   int64_t row_step;  // elements between rows of C: more than m where the problem is padded
   double kappa, total_a, momentum;
   SinkhornSide rows, columns;
+  void *kept, *f_kept, *g_kept;  // W [n][stride], F0, G0; null where none is kept
+  void *u, *v, *bv;              // as above, and b v; v is null in a fresh pass
 };
 constexpr int64_t kSinkhornColumns = 256;  // columns finished at a time
 constexpr int kSinkhornRows = 4;           // rows in flight, each with a buffer of `stride`
@@ -152,10 +160,73 @@ SOLERA_INLINE void general_rows(const SinkhornProblem& p, const T* old, const T*
   }
 }
 
+// u, v and b v for the potentials of now; the largest |log2| of the first two.
+template <class T>
+double since_kept(const SinkhornProblem& p) {
+  constexpr int L = kLanes<T>;
+  const FlushSubnormals flush;
+  V<T> most{};
+  const auto ratio = [&](const void* now, const void* then, void* out, int64_t count) {
+    for (int64_t i = 0; i < count; i += L) {
+      const int lanes = count - i < L ? int(count - i) : L;
+      const V<T> x = load_tail((const T*)now + i, lanes) - load_tail((const T*)then + i, lanes);
+      most = vmax(most, vmax(x, -x));
+      store_n((T*)out + i, fast_exp2(x), lanes);
+    }
+  };
+  ratio(p.f_old, p.f_kept, p.u, p.n);
+  ratio(p.g, p.g_kept, p.v, p.stride);
+  for (int64_t j = 0; j < p.stride; j += L)
+    store((T*)p.bv + j, load((const T*)p.b + j) * load((const T*)p.v + j));
+  return double(lane_max(most));
+}
+
+// R rows of a pass over W; false where a row has to be done again by an exact log-sum-exp.
+template <class T, int R, bool General>
+SOLERA_INLINE bool kept_rows(const SinkhornProblem& p, int64_t i, T* sums, T* exact, T* partial,
+                             double& error, double& mass) {
+  constexpr int L = kLanes<T>;
+  const T *bv = (const T*)p.bv, *a = (const T*)p.a, *F = (const T*)p.f_old, *u = (const T*)p.u;
+  const T* W = (const T*)p.kept + i * p.stride;
+  V<T> total[R] = {};
+  for (int64_t j = 0; j < p.stride; j += L) {
+    const V<T> weight = load(bv + j);
+    for (int r = 0; r < R; ++r) total[r] += weight * load(W + r * p.stride + j);
+  }
+  T old[R], sum[R], scale[R], next[R], factor[R], wanted[R];
+  bool good = true;
+  for (int r = 0; r < R; ++r) {
+    sum[r] = u[i + r] * lane_sum(total[r]);
+    old[r] = F[i + r];
+    good = good && sum[r] > Range<T>::row_low && sum[r] < Range<T>::row_high;
+  }
+  if constexpr (General) general_rows<T, R>(p, old, sum, next, factor, wanted);
+  for (int r = 0; r < R; ++r) {
+    sums[r] = sum[r];
+    if constexpr (General) {
+      good = good && __builtin_fabs(double(next[r] - old[r])) < Range<T>::most_move;
+      exact[r] = next[r];
+      scale[r] = a[i + r] * factor[r] * u[i + r];
+      error += double(a[i + r]) * __builtin_fabs(double(sum[r]) - double(wanted[r]));
+    } else {
+      scale[r] = a[i + r] / sum[r] * u[i + r];
+      error += double(a[i + r]) * __builtin_fabs(double(sum[r]) - 1);
+    }
+    mass += double(a[i + r]) * double(sum[r]);
+  }
+  for (int64_t j = 0; j < p.stride; j += L) {
+    V<T> c = load(partial + j);
+    for (int r = 0; r < R; ++r) c += scale[r] * load(W + r * p.stride + j);
+    store(partial + j, c);
+  }
+  return good;
+}
+
 template <class T, int R, bool General>
 SOLERA_INLINE bool few_rows(const SinkhornProblem& p, int64_t i, T* sums, T* exact, T* buffer,
                             T* partial, double& error, double& mass, int64_t& dead, bool evaluate) {
   bool all_good = true;
+  if (p.kept && !evaluate) buffer = (T*)p.kept + i * p.stride;
   constexpr int L = kLanes<T>;
   const T *G = (const T*)p.g, *a = (const T*)p.a, *b = (const T*)p.b, *F = (const T*)p.f_old;
   const T kappa = T(p.kappa);
@@ -257,6 +328,14 @@ void row_pass(const SinkhornProblem& p, void* buffer_, int64_t first, int64_t la
       const int count = int(end - i < kSinkhornGroup ? end - i : kSinkhornGroup);
       bool good = true;
       int r = 0;
+      if (p.v && !evaluate) {
+        for (; r + R <= count; r += R)
+          good &= kept_rows<T, R, General>(p, i + r, sums + r, exact + r, partial, error, mass);
+        for (; r < count; ++r)
+          good &= kept_rows<T, 1, General>(p, i + r, sums + r, exact + r, partial, error, mass);
+        dead |= good ? 0 : 2;  // not lost: to be done again
+        good = true;
+      }
       for (; r + R <= count; r += R)
         good &= few_rows<T, R, General>(p, i + r, sums + r, exact + r, buffer, partial, error, mass,
                                         dead, evaluate);
@@ -335,6 +414,7 @@ void column_pass(const SinkhornProblem& p, int64_t first, int64_t last) {
     for (int64_t j = begin; j < end; j += L) {
       V<T> sum{};
       for (int64_t k = 0; k < p.blocks; ++k) sum += load((const T*)p.partial + k * p.stride + j);
+      if (p.v) sum *= load((const T*)p.v + j);
       const V<T> g = load(G + j);
       V<T> next;
       if constexpr (General)
