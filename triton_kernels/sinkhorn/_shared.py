@@ -106,7 +106,7 @@ def _row_settings(settings, GENERAL: tl.constexpr):
 def _bound(lengths, at, most):
     """A length given by the caller, held inside the padded problem."""
     given = tl.load(lengths + at)
-    return tl.minimum(tl.maximum(given, 0), most)
+    return tl.minimum(tl.maximum(given, 0), most).to(tl.int32)
 
 
 @triton.jit

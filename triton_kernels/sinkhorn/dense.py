@@ -426,7 +426,7 @@ def sinkhorn_dense(
                 row_pass(False, pace)
                 sinkhorn_columns_kernel[(batch * tiles,)](
                     cost, a, b, F, G, partial, status, total, lengths, pace, n, m, blocks, tiles, kappa,
-                    ROWS=height, **flags, R=32, C=64, num_warps=4,
+                    ROWS=height, **flags, R=16 if double else 32, C=64, num_warps=4,
                 )  # fmt: skip
             row_pass(True, plain)
         sinkhorn_finish_kernel[(batch,)](
@@ -476,7 +476,7 @@ def aot() -> Iterator:
             yield case(f"rows_{m}", sinkhorn_rows_kernel, config, (*vectors, "partial"))
         config = {"EVALUATE": False, **_rows(8192, 8192, double, 132)}
         yield case("wide_rows", sinkhorn_wide_rows_kernel, config, (*vectors, "partial"))
-        config = {"ROWS": 32, "R": 32, "C": 64, "num_warps": 4}
+        config = {"ROWS": 32, "R": 16 if double else 32, "C": 64, "num_warps": 4}
         yield case("columns", sinkhorn_columns_kernel, config, (*vectors, "partial"))
     for name, fn, extra in (
         ("prepare", sinkhorn_prepare_kernel, {"HAS_INIT": True, "RAGGED": True, "C": 512}),
