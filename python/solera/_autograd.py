@@ -20,6 +20,8 @@ def differentiable_vjp(
     of the reference: right, and slower. `inputs` are the tensors saved for backward (connected to the
     caller's graph), of which those with `needs` get a gradient; the others give None.
     """
+    # Views, so that a gradient stops at its own input where one input was made from another.
+    inputs = [t if t is None else t.view_as(t) for t in inputs]
     outputs = reference(*inputs)
     if isinstance(outputs, Tensor):
         outputs = (outputs,)

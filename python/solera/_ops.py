@@ -710,10 +710,11 @@ op(
 @op(
     "sinkhorn.dense",
     "sinkhorn_dense(Tensor cost, Tensor a, Tensor b, Tensor? f, Tensor? g, float epsilon,"
-    " int max_iterations, float tolerance, int check_every)"
+    " int max_iterations, float tolerance, int check_every, float? rho_a=None, float? rho_b=None,"
+    " float momentum=1.0, Tensor? lengths=None)"
     " -> (Tensor f, Tensor g, Tensor value, Tensor iterations, Tensor error, Tensor converged)",
 )
-def _(cost, a, b, f, g, epsilon, max_iterations, tolerance, check_every):
+def _(cost, a, b, f, g, epsilon, max_iterations, tolerance, check_every, *_):
     batch, n, m = cost.shape
     return (
         cost.new_empty((batch, n)),
@@ -731,18 +732,18 @@ def _(cost, a, b, f, g, epsilon, max_iterations, tolerance, check_every):
 @op(
     "sinkhorn.plan",
     "sinkhorn_plan(Tensor cost, Tensor a, Tensor b, Tensor f, Tensor g, Tensor x, Tensor? y,"
-    " float epsilon) -> Tensor",
+    " float epsilon, Tensor? lengths=None) -> Tensor",
 )
-def _(cost, a, b, f, g, x, y, epsilon):
+def _(cost, a, b, f, g, x, y, epsilon, lengths=None):
     return cost.new_empty(cost.shape)
 
 
 @op(
     "sinkhorn.plan",
     "sinkhorn_plan_backward(Tensor grad, Tensor cost, Tensor a, Tensor b, Tensor f, Tensor g,"
-    " float epsilon) -> (Tensor dcost, Tensor row_sum, Tensor column_sum)",
+    " float epsilon, Tensor? lengths=None) -> (Tensor dcost, Tensor row_sum, Tensor column_sum)",
 )
-def _(grad, cost, a, b, f, g, epsilon):
+def _(grad, cost, a, b, f, g, epsilon, lengths=None):
     batch, n, m = cost.shape
     return (
         cost.new_empty(cost.shape),

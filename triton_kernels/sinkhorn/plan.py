@@ -15,16 +15,23 @@ import triton
 import triton.language as tl
 
 from .._launch import accumulator, on_device_of
+from ._shared import _bound
 
 LOG2E = 1.4426950408889634
 ROWS, COLUMNS = 16, 128  # a tile
 
 
 @triton.jit
-def _tile(cost, f, g, item, i, j, n, m, kappa, ACC: tl.constexpr):
-    """E of a tile (0 where it is below the normal numbers, never infinite), its offsets and mask."""
+def _tile(
+    cost, f, g, lengths, item, i, j, n, m, kappa, RAGGED: tl.constexpr, ACC: tl.constexpr
+):  # fmt: skip
+    """E of a tile (0 where it is below the normal numbers, never infinite), its offsets, the real part, all of it."""
     rows = i < n
     columns = j < m
+    inside = rows[:, None] & columns[None, :]
+    if RAGGED:
+        rows = i < _bound(lengths, 2 * item, n)
+        columns = j < _bound(lengths, 2 * item + 1, m)
     mask = rows[:, None] & columns[None, :]
     at = (item * n + i)[:, None] * m + j[None, :]
     c = tl.load(cost + at, mask=mask, other=0.0)
@@ -33,19 +40,21 @@ def _tile(cost, f, g, item, i, j, n, m, kappa, ACC: tl.constexpr):
     x = ((fi[:, None] - c) + gj[None, :]) * kappa
     most = 1023.0 if ACC == tl.float64 else 127.0
     e = tl.exp2(tl.where(x > most, most, x))
-    return tl.where(x < 1.0 - most, 0.0, e), at, mask
+    return tl.where((x < 1.0 - most) | (mask == 0), 0.0, e), at, mask, inside
 
 
 @triton.jit
 def sinkhorn_plan_kernel(
-    cost, a, b, f, g, x, y, out, kappa_at, n, m, row_tiles, column_tiles,
-    HAS_Y: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    cost, a, b, f, g, x, y, out, lengths, kappa_at, n, m, row_tiles, column_tiles,
+    HAS_Y: tl.constexpr, RAGGED: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     item = program // (row_tiles * column_tiles)
     i = (program // column_tiles) % row_tiles * R + tl.arange(0, R)
     j = program % column_tiles * C + tl.arange(0, C)
-    e, at, mask = _tile(cost, f, g, item, i, j, n, m, tl.load(kappa_at), ACC)
+    e, at, mask, inside = _tile(
+        cost, f, g, lengths, item, i, j, n, m, tl.load(kappa_at), RAGGED, ACC
+    )
     bj = tl.load(b + item * m + j, mask=j < m, other=0.0)
     xi = tl.load(x + item * n + i, mask=i < n, other=0.0)
     value = (e * bj[None, :]) * xi[:, None]
@@ -53,13 +62,15 @@ def sinkhorn_plan_kernel(
         ai = tl.load(a + item * n + i, mask=i < n, other=0.0)
         yj = tl.load(y + item * m + j, mask=j < m, other=0.0)
         value += (e * ai[:, None]) * yj[None, :]
-    tl.store(out + at, value, mask=mask)
+    if RAGGED:
+        value = tl.where(mask, value, 0.0)
+    tl.store(out + at, value, mask=inside)
 
 
 @triton.jit
 def sinkhorn_plan_backward_kernel(
-    grad, cost, a, b, f, g, dcost, row_sum, partial, kappa_at, n, m, row_tiles,
-    ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    grad, cost, a, b, f, g, dcost, row_sum, partial, lengths, kappa_at, n, m, row_tiles,
+    RAGGED: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """R rows, all columns: dC, the row sums, and this block's share of the column sums."""
     program = tl.program_id(0).to(tl.int64)
@@ -70,13 +81,17 @@ def sinkhorn_plan_backward_kernel(
     total = tl.zeros((R,), ACC)
     for start in range(0, m, C):
         j = start + tl.arange(0, C)
-        e, at, mask = _tile(cost, f, g, item, i, j, n, m, kappa, ACC)
+        e, at, mask, inside = _tile(cost, f, g, lengths, item, i, j, n, m, kappa, RAGGED, ACC)
         d = tl.load(grad + at, mask=mask, other=0.0)
         bj = tl.load(b + item * m + j, mask=j < m, other=0.0)[None, :]
         row = d * (e * bj)
-        total += tl.sum(row, 1)
         slope = kappa * -0.6931471805599453
-        tl.store(dcost + at, slope * (row * ai), mask=mask)
+        change = slope * (row * ai)
+        if RAGGED:
+            row = tl.where(mask, row, 0.0)
+            change = tl.where(mask, change, 0.0)
+        total += tl.sum(row, 1)
+        tl.store(dcost + at, change, mask=inside)
         tl.store(partial + program * m + j, tl.sum(d * (e * ai), 0), mask=j < m)
     tl.store(row_sum + item * n + i, total, mask=i < n)
 
@@ -97,7 +112,7 @@ def _warps(double: bool) -> int:
     return 8 if double else 4
 
 
-def sinkhorn_plan(cost, a, b, f, g, x, y, epsilon):
+def sinkhorn_plan(cost, a, b, f, g, x, y, epsilon, lengths=None):
     cost, a, b, f, g, x = (t.contiguous() for t in (cost, a, b, f, g, x))
     batch, n, m = cost.shape
     out = cost.new_empty(cost.shape)
@@ -108,13 +123,15 @@ def sinkhorn_plan(cost, a, b, f, g, x, y, epsilon):
         # On the device, since a float argument would be rounded to float32.
         kappa = cost.new_full((1,), LOG2E / epsilon)
         sinkhorn_plan_kernel[(batch * rows * columns,)](
-            cost, a, b, f, g, x, b if y is None else y.contiguous(), out, kappa, n, m, rows, columns,
-            HAS_Y=y is not None, ACC=accumulator(cost), R=ROWS, C=COLUMNS, num_warps=4,
+            cost, a, b, f, g, x, b if y is None else y.contiguous(), out,
+            cost if lengths is None else lengths.contiguous(), kappa, n, m, rows, columns,
+            HAS_Y=y is not None, RAGGED=lengths is not None, ACC=accumulator(cost), R=ROWS, C=COLUMNS,
+            num_warps=4,
         )  # fmt: skip
     return out
 
 
-def sinkhorn_plan_backward(grad, cost, a, b, f, g, epsilon):
+def sinkhorn_plan_backward(grad, cost, a, b, f, g, epsilon, lengths=None):
     grad, cost, a, b, f, g = (t.contiguous() for t in (grad, cost, a, b, f, g))
     batch, n, m = cost.shape
     dcost, row_sum = cost.new_empty(cost.shape), cost.new_empty((batch, n))
@@ -127,8 +144,10 @@ def sinkhorn_plan_backward(grad, cost, a, b, f, g, epsilon):
     with on_device_of(cost):
         kappa = cost.new_full((1,), LOG2E / epsilon)
         sinkhorn_plan_backward_kernel[(batch * rows,)](
-            grad, cost, a, b, f, g, dcost, row_sum, partial, kappa, n, m, rows, ACC=acc, R=ROWS,
-            C=COLUMNS, num_warps=_warps(cost.dtype == torch.float64),
+            grad, cost, a, b, f, g, dcost, row_sum, partial,
+            cost if lengths is None else lengths.contiguous(),
+            kappa, n, m, rows, RAGGED=lengths is not None, ACC=acc, R=ROWS, C=COLUMNS,
+            num_warps=_warps(cost.dtype == torch.float64),
         )  # fmt: skip
         sinkhorn_sum_blocks_kernel[(batch * tiles,)](
             partial, column_sum, m, rows, tiles, ACC=acc, C=COLUMNS, num_warps=4
@@ -142,8 +161,16 @@ def aot() -> Iterator:
 
     for word, acc, tag in (("*fp32", tl.float32, "32"), ("*fp64", tl.float64, "64")):
         for name, fn, constants in (
-            ("plan", sinkhorn_plan_kernel, {"HAS_Y": True, "R": ROWS, "C": COLUMNS}),
-            ("plan_backward", sinkhorn_plan_backward_kernel, {"R": ROWS, "C": COLUMNS}),
+            (
+                "plan",
+                sinkhorn_plan_kernel,
+                {"HAS_Y": True, "RAGGED": True, "R": ROWS, "C": COLUMNS},
+            ),
+            (
+                "plan_backward",
+                sinkhorn_plan_backward_kernel,
+                {"RAGGED": True, "R": ROWS, "C": COLUMNS},
+            ),
             ("sum_blocks", sinkhorn_sum_blocks_kernel, {"C": COLUMNS}),
         ):
             constants["ACC"] = acc
@@ -152,7 +179,9 @@ def aot() -> Iterator:
             yield AotCase(
                 name=f"sinkhorn_{name}_{tag}",
                 fn=fn,
-                signature={k: "i32" if k in integers else word for k in names},
+                signature={
+                    k: "*i64" if k == "lengths" else "i32" if k in integers else word for k in names
+                },
                 constexprs=constants,
                 divisible_by_16=[k for k in names if k == "m" or k not in (*integers, "kappa_at")],
                 num_warps=_warps(word == "*fp64") if name == "plan_backward" else 4,

@@ -22,6 +22,8 @@ struct SinkhornPlan {
   const void* grad;         // backward only: the gradient of the plan
   void *row_sum, *partial;  // sum_j grad b E (n); sum_i grad a E, [blocks][m]
   int64_t n, m, block_rows;
+  int64_t rows;      // of the padded problem; beyond n and m the outputs are 0
+  int64_t row_step;  // elements between rows: more than m where the problem is padded
   double kappa, epsilon;
 };
 
@@ -57,8 +59,13 @@ void plan_rows(const SinkhornPlan& p, int64_t first, int64_t last) {
   const FlushSubnormals flush;
   const T kappa = T(p.kappa);
   for (int64_t i = first; i < last; ++i) {
-    const T* row = (const T*)p.cost + i * p.m;
-    T* out = (T*)p.out + i * p.m;
+    const T* row = (const T*)p.cost + i * p.row_step;
+    T* out = (T*)p.out + i * p.row_step;
+    if (i >= p.n) {
+      memset((void*)out, 0, size_t(p.row_step) * sizeof(T));
+      continue;
+    }
+    memset((void*)(out + p.m), 0, size_t(p.row_step - p.m) * sizeof(T));
     const auto value = [&](V<T> c, V<T> gj, V<T> bj, V<T> yj) {
       const V<T> e = kernel_of<T>(kappa * ((f[i] - c) + gj));
       const V<T> first =
@@ -86,12 +93,19 @@ void plan_blocks(const SinkhornPlan& p, int64_t first, int64_t last) {
   const T kappa = T(p.kappa), slope = T(-1 / p.epsilon);
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * p.block_rows;
-    const int64_t end = begin + p.block_rows < p.n ? begin + p.block_rows : p.n;
-    T* partial = (T*)p.partial + block * p.m;
-    memset((void*)partial, 0, size_t(p.m) * sizeof(T));
+    const int64_t end = begin + p.block_rows < p.rows ? begin + p.block_rows : p.rows;
+    T* partial = (T*)p.partial + block * p.row_step;
+    memset((void*)partial, 0, size_t(p.row_step) * sizeof(T));
     for (int64_t i = begin; i < end; ++i) {
-      const T *row = (const T*)p.cost + i * p.m, *grad = (const T*)p.grad + i * p.m;
-      T* out = (T*)p.out + i * p.m;
+      const T* row = (const T*)p.cost + i * p.row_step;
+      const T* grad = (const T*)p.grad + i * p.row_step;
+      T* out = (T*)p.out + i * p.row_step;
+      if (i >= p.n) {
+        memset((void*)out, 0, size_t(p.row_step) * sizeof(T));
+        ((T*)p.row_sum)[i] = 0;
+        continue;
+      }
+      memset((void*)(out + p.m), 0, size_t(p.row_step - p.m) * sizeof(T));
       V<T> sum{};
       const auto value = [&](V<T> c, V<T> gj, V<T> bj, V<T> d, V<T>& column) {
         V<T> e = kernel_of<T>(kappa * ((f[i] - c) + gj));
@@ -142,11 +156,12 @@ namespace {
 
 // Inputs of the plan kernels, one problem after another, all dense.
 struct PlanInputs {
-  Tensor cost, a, b, f, g;
+  Tensor cost, a, b, f, g, lengths;
   int64_t batch, n, m, size;
+  bool padded;
   const PlanTable* table;
   PlanInputs(const Tensor& cost_in, const Tensor& a_in, const Tensor& b_in, const Tensor& f_in,
-             const Tensor& g_in)
+             const Tensor& g_in, const OptTensor& lengths_in)
       : cost(dense(cost_in)),
         a(dense(a_in)),
         b(dense(b_in)),
@@ -155,7 +170,9 @@ struct PlanInputs {
         batch(cost.size(0)),
         n(cost.size(1)),
         m(cost.size(2)),
-        size(cost.element_size()) {
+        size(cost.element_size()),
+        padded(lengths_in.has_value()) {
+    if (padded) lengths = dense(*lengths_in);
     const auto& tables = pick_plan_tables();
     table = dtype_of(cost) == kFloat64 ? &tables.float64 : &tables.float32;
   }
@@ -166,11 +183,19 @@ struct PlanInputs {
     p.b = row(b, k, m);
     p.f = row(f, k, n);
     p.g = row(g, k, m);
-    p.n = n;
-    p.m = m;
+    p.n = length(2 * k, n);
+    p.m = length(2 * k + 1, m);
+    if (p.n == 0 || p.m == 0) p.n = p.m = 0;
+    p.rows = n;
+    p.row_step = m;
     p.kappa = 1.4426950408889634074 / epsilon;
     p.epsilon = epsilon;
     return p;
+  }
+  int64_t length(int64_t at, int64_t most) const {
+    if (!padded) return most;
+    const int64_t given = static_cast<const int64_t*>(lengths.const_data_ptr())[at];
+    return given > most ? most : given < 0 ? 0 : given;
   }
   const void* row(const Tensor& t, int64_t k, int64_t count) const {
     return static_cast<const char*>(t.const_data_ptr()) + k * count * size;
@@ -181,8 +206,9 @@ struct PlanInputs {
 };
 
 Tensor sinkhorn_plan(const Tensor& cost, const Tensor& a, const Tensor& b, const Tensor& f,
-                     const Tensor& g, const Tensor& x_in, OptTensor y_in, double epsilon) {
-  const PlanInputs in(cost, a, b, f, g);
+                     const Tensor& g, const Tensor& x_in, OptTensor y_in, double epsilon,
+                     OptTensor lengths) {
+  const PlanInputs in(cost, a, b, f, g, lengths);
   const Tensor x = dense(x_in);
   Tensor y;
   if (y_in.has_value()) y = dense(*y_in);
@@ -203,8 +229,8 @@ Tensor sinkhorn_plan(const Tensor& cost, const Tensor& a, const Tensor& b, const
 std::tuple<Tensor, Tensor, Tensor> sinkhorn_plan_backward(const Tensor& grad_in, const Tensor& cost,
                                                           const Tensor& a, const Tensor& b,
                                                           const Tensor& f, const Tensor& g,
-                                                          double epsilon) {
-  const PlanInputs in(cost, a, b, f, g);
+                                                          double epsilon, OptTensor lengths) {
+  const PlanInputs in(cost, a, b, f, g, lengths);
   const Tensor grad = dense(grad_in);
   const int64_t n = in.n, m = in.m, block_rows = kPlanBlockRows;
   const int64_t blocks = (n + block_rows - 1) / block_rows;

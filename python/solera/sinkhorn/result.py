@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree
 
-from .plan import transport_plan
+from .. import _check
+from .plan import transport_plan, valid_cost, within
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,16 @@ class SinkhornResult:
     r"""Potentials, value and state of a Sinkhorn solve; the plan on request.
 
     Attributes:
-        f: (..., n) and g: (..., m), the dual potentials in the gauge <a, f> = <b, g>; float32, or float64
-            for a float64 cost. Differentiable (implicitly) in cost, a, b.
+        f: (..., n) and g: (..., m), the dual potentials, in the gauge <a, f> = <b, g> if the problem is balanced;
+            float32, or float64 for a float64 cost. Differentiable (implicitly) in cost, a, b.
         cost: (...), the dual value <a, f> + <b, g> - epsilon * sum_ij (P_ij - a_i b_j), which at
-            convergence is <P, C> + epsilon * KL(P | a x b). Differentiable (envelope theorem).
-        iterations: (...), int64, iterations done.
-        marginal_error: (...), sum_i |sum_j P_ij - a_i| of the returned potentials (the column marginal is
-            met exactly, to rounding). Not differentiable.
+            convergence is <P, C> + epsilon * KL(P | a x b). Where a marginal is penalised by rho,
+            -rho * <a, exp(-f / rho) - 1> stands for <a, f> and rho * KL(P 1 | a) is added. Differentiable
+            (envelope theorem).
+        iterations: (...), int64, iterations done, those of epsilon_scaling included.
+        marginal_error: (...), sum_i |sum_j P_ij - a_i exp(-f_i / rho)| of the returned potentials (without rho
+            the exponential is 1): how far the rows are from the marginal asked for. Columns meet theirs
+            exactly, to rounding. Not differentiable.
         converged: (...), bool: marginal_error <= tolerance; False wherever a NaN stands.
 
     Shapes: (...) is the batch of the cost matrix (..., n, m) that was solved; a single problem has none.
@@ -42,6 +46,7 @@ class SinkhornResult:
     converged: Tensor
     _problem: tuple[Tensor, Tensor, Tensor] = field(repr=False)
     _epsilon: float = field(repr=False)
+    _lengths: Tensor | None = field(default=None, repr=False)
 
     def plan(self) -> Tensor:
         r"""The transport plan $P_{ij} = a_i b_j e^{(f_i + g_j - C_{ij})/\varepsilon}$.
@@ -57,15 +62,84 @@ class SinkhornResult:
             self.f.reshape(a.shape),
             self.g.reshape(b.shape),
             self._epsilon,
+            self._lengths,
         )
         return flat.reshape(*self.f.shape, self.g.shape[-1])
+
+    def apply(self, v: Tensor) -> Tensor:
+        """P v, the plan applied to a function on the columns. Differentiable in v and the problem.
+
+        Shapes: v (..., m) -> (..., n), or v (..., m, d) -> (..., n, d), (...) the batch, or no batch: one v for
+        every problem. A v of as many dimensions as g is taken as (..., m).
+
+        Raises:
+            ValueError, TypeError: v has neither shape, or another device or precision than the plan.
+        """
+        return self._applied(v, 1)
+
+    def apply_transposed(self, v: Tensor) -> Tensor:
+        """P^T v, the plan applied to a function on the rows. Differentiable in v and the problem.
+
+        Shapes: v (..., n) -> (..., m), or v (..., n, d) -> (..., m, d), as in `apply`.
+
+        Raises:
+            ValueError, TypeError: as `apply`.
+        """
+        return self._applied(v, 0)
+
+    def _applied(self, v: Tensor, side: int) -> Tensor:
+        """P v for side 1, P^T v for side 0."""
+        _check.tensor("v", v, min_dim=1)
+        batch, count = tuple(self.f.shape[:-1]), (self.f, self.g)[side].shape[-1]
+        vector = v.shape in ((*batch, count), (count,))
+        if not vector and v.shape[:-1] not in ((*batch, count), (count,)):
+            raise ValueError(
+                f"v: expected shape {(*batch, count)} or {(*batch, count, 'd')}, got {tuple(v.shape)}"
+            )
+        plan = self.plan()
+        _check.like("v", v, tuple(v.shape), plan, "the plan")
+        v = self._inside((v.unsqueeze(-1) if vector else v).to(plan.dtype), side)
+        out = (plan if side == 1 else plan.mT) @ v
+        return out.squeeze(-1) if vector else out
+
+    def _inside(self, v: Tensor, side: int) -> Tensor:
+        """v (..., k, d), 0 in the padding, where a NaN would reach the product."""
+        if self._lengths is None:
+            return v
+        valid = within(self._lengths, self.f.shape[-1], self.g.shape[-1])[side]
+        return torch.where(valid.reshape((self.f, self.g)[side].shape).unsqueeze(-1), v, 0.0)
+
+    def marginals(self) -> tuple[Tensor, Tensor]:
+        """The plan's row sums and column sums: a and b, as far as the iteration converged (or rho lets them).
+
+        Shapes: (..., n), (..., m). Differentiable in cost, a and b, by implicit differentiation.
+        """
+        plan = self.plan()
+        return plan.sum(-1), plan.sum(-2)
+
+    def barycentric_projection(self, y: Tensor) -> Tensor:
+        """Where each row's mass goes on average: (P y)_i / (P 1)_i. 0 for a row without mass.
+
+        Shapes: y (..., m, d) or (m, d), the points of the columns -> (..., n, d). Differentiable in y, cost, a and b.
+
+        Raises:
+            ValueError, TypeError: y does not have that shape, or another device or precision.
+        """
+        _check.tensor("y", y, min_dim=2)
+        batch, m = tuple(self.f.shape[:-1]), self.g.shape[-1]
+        if y.shape[:-1] not in ((*batch, m), (m,)):
+            raise ValueError(f"y: expected shape {(*batch, m, 'd')}, got {tuple(y.shape)}")
+        plan = self.plan()
+        _check.like("y", y, tuple(y.shape), plan, "the plan")
+        mass = plan.sum(-1, keepdim=True)
+        return plan @ self._inside(y.to(plan.dtype), 1) / torch.where(mass > 0, mass, 1.0)
 
     def transport_cost(self) -> Tensor:
         """<P, C>, the transport cost without the entropy; a forbidden pair (cost inf) counts as 0.
 
         Shapes: (...). Differentiable in cost, a and b, by implicit differentiation.
         """
-        cost = self._problem[0]
+        cost = valid_cost(self._problem[0], self._lengths)
         cost = torch.where(cost == torch.inf, 0.0, cost).reshape(*self.f.shape, self.g.shape[-1])
         return (self.plan() * cost).sum((-2, -1))
 
@@ -74,12 +148,13 @@ _NAMES = tuple(f.name for f in fields(SinkhornResult))
 
 
 def _flatten(result: SinkhornResult) -> tuple[list[Any], float]:
-    return [getattr(result, name) for name in _NAMES[:-1]], result._epsilon
+    values = [getattr(result, name) for name in _NAMES if name not in ("_epsilon", "_lengths")]
+    return values + ([] if result._lengths is None else [result._lengths]), result._epsilon
 
 
 def _unflatten(values: Any, epsilon: float) -> SinkhornResult:
-    f, g, cost, iterations, error, converged, problem = values
-    return SinkhornResult(f, g, cost, iterations, error, converged, problem, epsilon)
+    f, g, cost, iterations, error, converged, problem, *lengths = values
+    return SinkhornResult(f, g, cost, iterations, error, converged, problem, epsilon, *lengths)
 
 
 _pytree.register_pytree_node(
