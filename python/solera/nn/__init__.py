@@ -30,6 +30,7 @@ from .logits import NormalizedSoftmaxCrossEntropyLoss, StableMaxCrossEntropyLoss
 from .norm import LayerNorm, RMSNorm
 from .online_norm import OnlineNorm1d, OnlineNorm2d
 from .scaled_std_conv import ScaledStdConv2d
+from .sliced import SelfAttentionProjection
 from .style import ILN, AdaLIN, MomentShortcut, PositionalNorm
 from .tabm import MLPBackboneBatchEnsemble, MLPBackboneEnsemble, MLPBackboneMiniEnsemble, TabM
 from .tabm_layers import (
@@ -87,6 +88,7 @@ __all__ = [
     "QKNorm",
     "RMSNorm",
     "ScaledStdConv2d",
+    "SelfAttentionProjection",
     "StableMaxCrossEntropyLoss",
     "TabM",
     "TimeDependentParameter",
