@@ -71,9 +71,7 @@ def test_marginals_padding_and_batches(k):
     c[1, 2] = 0
     valid = torch.rand(3, 45, device=DEVICE) > 0.3
     dirty = torch.where(valid[..., None], logits, math.nan)  # whatever stands in the padding
-    ours = balanced_assignment(
-        dirty, 0.2, 4, row_marginal=r, column_marginal=c, valid=valid
-    )
+    ours = balanced_assignment(dirty, 0.2, 4, row_marginal=r, column_marginal=c, valid=valid)
     truth = weighted_loop(logits, 0.2, 4, torch.where(valid, r, 0.0), c)
     assert relative_error(ours, truth) < 1e-13
     assert not ours[~valid].any() and not ours[1, :, 2].any()
@@ -149,7 +147,9 @@ def test_empty_strided_and_one_number():
     assert balanced_assignment(torch.ones(0, 3, device=DEVICE)).shape == (0, 3)
     assert balanced_assignment(torch.ones(0, 4, 3, device=DEVICE)).shape == (0, 4, 3)
     logits = cosines(20, 30)
-    assert torch.equal(balanced_assignment(logits.t()), balanced_assignment(logits.t().contiguous()))
+    assert torch.equal(
+        balanced_assignment(logits.t()), balanced_assignment(logits.t().contiguous())
+    )
     row = logits[:1].expand(5, 30)
     torch.testing.assert_close(balanced_assignment(row), torch.full_like(row, 1 / 30))
 
@@ -162,7 +162,9 @@ def test_same_bits_for_any_thread_count():
     try:
         for count in (1, 2, 5):
             torch.set_num_threads(count)
-            results.append((balanced_assignment(logits), *prior_match(few, iterations=5, tolerance=0)))
+            results.append(
+                (balanced_assignment(logits), *prior_match(few, iterations=5, tolerance=0))
+            )
     finally:
         torch.set_num_threads(threads)
     for other in results[1:]:
@@ -218,10 +220,10 @@ def test_class_relation_distillation_pseudo_labels_and_heads():
     w1, b1 = randn(heads, d, 16, dtype=torch.float64), randn(heads, 16, dtype=torch.float64)
     w2, b2 = randn(heads, 16, 6, dtype=torch.float64), randn(heads, 6, dtype=torch.float64)
     prototypes = torch.nn.functional.normalize(randn(heads, k, 6, dtype=torch.float64), dim=-1)
-    hidden = solera.ensemble.member_linear(x.unsqueeze(1).expand(-1, heads, -1), w1, b1)
+    hidden = solera.ensemble.ensemble_linear(x, w1, b1)
     hidden = solera.norm.batch_norm(hidden.flatten(1), training=True).view_as(hidden).relu()
-    features = solera.norm.l2_normalize(solera.ensemble.member_linear(hidden, w2, b2))
-    logits = solera.ensemble.member_linear(features, prototypes.transpose(1, 2).contiguous())
+    features = solera.norm.l2_normalize(solera.ensemble.ensemble_linear(hidden, w2, b2))
+    logits = solera.ensemble.ensemble_linear(features, prototypes.transpose(1, 2).contiguous())
     for h in range(heads):  # one head after another, as written
         a = x @ w1[h] + b1[h]
         a = (a - a.mean(0)) / (a.var(0, correction=0) + 1e-5).sqrt()
@@ -287,7 +289,9 @@ def test_the_brief_of_500_rows_and_3_classes():
 
 
 def match(logits, prior):
-    return prior_match(logits, prior.softmax(-1), tolerance=1e-14, iterations=60 if INTERPRETED else 400)
+    return prior_match(
+        logits, prior.softmax(-1), tolerance=1e-14, iterations=60 if INTERPRETED else 400
+    )
 
 
 @pytest.mark.parametrize("shape", [(7, 3), (2, 6, 4), (5, 17)], ids=str)
@@ -303,8 +307,8 @@ def test_gradcheck_and_gradgradcheck(shape):
 def test_gradients_in_float32_and_padding():
     logits, prior = randn(40, 5, grad=True), randn(5, grad=True, scale=0.3)
     valid = torch.arange(40, device=DEVICE) < 30
-    f = lambda l, c, **o: (
-        prior_match(l, c.softmax(-1), iterations=200, tolerance=1e-7 if l.dtype == torch.float32 else 1e-13, **o)
+    f = lambda l, c, **o: prior_match(
+        l, c.softmax(-1), iterations=200, tolerance=1e-7 if l.dtype == torch.float32 else 1e-13, **o
     )
     loss = lambda r: r.probabilities.square().sum() + r.offsets.sin().sum()
     got = torch.autograd.grad(loss(f(logits, prior, valid=valid)), (logits, prior))
@@ -324,14 +328,20 @@ def test_torch_func():
     want = torch.autograd.grad(f(leaf), leaf)[0]
     torch.testing.assert_close(torch.func.grad(f)(logits), want, rtol=1e-6, atol=1e-9)
     batch = torch.stack([logits, logits + 1])
-    torch.testing.assert_close(torch.func.vmap(balanced_assignment)(batch), balanced_assignment(batch))
+    torch.testing.assert_close(
+        torch.func.vmap(balanced_assignment)(batch), balanced_assignment(batch)
+    )
 
 
 # ---- contract ----------------------------------------------------------------------------------------
 
 
 def test_opcheck():
-    for x in (cosines(2, 9, 20), cosines(9, 2, 5).transpose(0, 1), cosines(1, 9, 20).expand(2, 9, 20)):
+    for x in (
+        cosines(2, 9, 20),
+        cosines(9, 2, 5).transpose(0, 1),
+        cosines(1, 9, 20).expand(2, 9, 20),
+    ):
         k = x.shape[-1]
         w, c, g = (torch.rand(2, s, device=DEVICE) for s in (9, k, k))
         for start, steps in ((None, 0), (g, 2)):

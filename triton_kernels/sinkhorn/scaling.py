@@ -75,9 +75,7 @@ def scaling_columns_kernel(
 
 
 @triton.jit
-def scaling_merge_kernel(
-    top, total, sums, k, blocks, tiles, ACC: tl.constexpr, C: tl.constexpr
-):
+def scaling_merge_kernel(top, total, sums, k, blocks, tiles, ACC: tl.constexpr, C: tl.constexpr):
     """log2 of the columns' sums over all blocks, in order."""
     program = tl.program_id(0).to(tl.int64)
     item = program // tiles
@@ -158,7 +156,9 @@ def scaling_add_kernel(
         high = 1e308 if ACC == tl.float64 else 3e38
         good = (columns > low * tl.load(total + item)) & (columns < high)
         good = good | (j >= k)
-        value = tl.log2(tl.where(good, columns, 1.0)) - tl.load(g + item * k + j, mask=j < k, other=0.0)
+        value = tl.log2(tl.where(good, columns, 1.0)) - tl.load(
+            g + item * k + j, mask=j < k, other=0.0
+        )
         if tl.min(tl.where(good, 1, 0)) == 0:
             top, exact = _column_sums(
                 x, weight, f, tl.load(scale_at), item, j, 0, n, n, k, True, ACC, R, C
@@ -181,7 +181,9 @@ def scaling_update_kernel(
             for start in range(0, k, C):
                 j = start + lane
                 at = item * k + j
-                now = tl.load(sums + at, mask=j < k, other=0.0) + tl.load(g + at, mask=j < k, other=0.0)
+                now = tl.load(sums + at, mask=j < k, other=0.0) + tl.load(
+                    g + at, mask=j < k, other=0.0
+                )
                 goal = tl.load(log_target + at, mask=j < k, other=0.0)
                 error += tl.abs(tl.exp2(now) - tl.exp2(goal))
             tolerance = tl.load(tolerance_at)
@@ -254,9 +256,9 @@ def scaling_backward_kernel(
 
 
 def _tiles(k: int) -> tuple[int, int]:
-    """Rows and columns of a tile of 2048 elements."""
+    """Rows and columns of a tile of 2048 elements, half of that for many narrow rows (which spill)."""
     columns = min(128, max(4, triton.next_power_of_2(k)))
-    return 2048 // columns, columns
+    return (2048 if columns >= 32 else 1024) // columns, columns
 
 
 def _scale(logits: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
@@ -376,7 +378,7 @@ def aot() -> Iterator:
     for tag, word, wide, acc, columns, names in variants:
         for name in names:
             fn = kernels[name]
-            given = {**constants, "ACC": acc, "R": 2048 // columns, "C": columns}
+            given = {**constants, "ACC": acc, "R": _tiles(columns)[0], "C": columns}
             given = {key: value for key, value in given.items() if key in fn.arg_names}
             types = {"status": "*i32", "done": "*i64"}
             types |= dict.fromkeys(integers, "i32") | dict.fromkeys(narrow, word)
@@ -387,7 +389,9 @@ def aot() -> Iterator:
                 signature={a: types.get(a, wide) for a in arguments},
                 constexprs=given,
                 divisible_by_16=[
-                    a for a in arguments if a == "k" or a not in (*integers, "scale_at", "tolerance_at")
+                    a
+                    for a in arguments
+                    if a == "k" or a not in (*integers, "scale_at", "tolerance_at")
                 ]
                 if columns > 4
                 else [],

@@ -1,15 +1,15 @@
 """GPU kernels of core `sliced`: the formulas are in solera/sinkhorn/sliced.py.
 
-Forward, one program a direction: both clouds are projected, packed with their indices into 64-bit keys whose order is the
-values' (then the indices'), sorted in registers by a bitonic network, compared and written as permutations; one launch.
-That serves clouds of one size, up to WIDEST points, in float32. Others (float64, larger, n != m) are composed of torch's
-sorts on the device, and say so here alone: the result is the same.
+Forward, one program a direction: both clouds are projected, packed with their indices into 64-bit keys whose order
+is the values' (then the indices'), sorted in registers by a bitonic network, compared and written as permutations;
+one launch. That serves clouds of one size, up to WIDEST points, in float32. Others (float64, larger, n != m) are
+composed of torch's sorts on the device, and say so here alone: the result is the same.
 
 Backward, for clouds of one size: one program a direction puts the slopes into the unsorted places (the projections are
 gathered anew from L2), then four batched products.
 
-H200 at 4.3 TB/s, 32 x 2048 points, d = 3, 100 directions: 52 MB of permutations written, 12 us; the network has 66 stages of
-2048 comparisons for 6400 sorts, about 0.9 G compare-exchanges.
+H200 at 4.3 TB/s, 32 x 512 points, d = 3, 100 directions: 13 MB of permutations written, 3 us; the network has 45
+stages of 256 compare-exchanges for 6400 sorts, 74 M of them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ import triton.language as tl
 
 from .._launch import accumulator, on_device_of
 
-WIDEST = 2048  # keys of 8 bytes that a program sorts in registers
+WIDEST = (
+    512  # keys that a program sorts in registers; the network of 2048 takes a minute to compile
+)
 
 
 @triton.jit
@@ -123,7 +125,7 @@ def sliced_forward(x, y, directions, p):
     with on_device_of(x):
         sliced_forward_kernel[(batch * count,)](
             x, y, directions, value, order_x, order_y, x.new_full((1,), p), n, d, count, step,
-            P=_power(p), N=size, num_warps=8 if size > 512 else 4,
+            P=_power(p), N=size, num_warps=4,
         )  # fmt: skip
     return value, order_x, order_y
 
@@ -150,12 +152,12 @@ def sliced_backward(grad, x, y, directions, order_x, order_y, p):
 
 
 def aot() -> Iterator:
-    """The sort at its widest and at 256 points; the slopes for p = 2 and for any p, and in float64."""
+    """The sort at its widest and of 64 points; the slopes for p = 2 and for any p, and in float64."""
     from .._aot import AotCase
 
     integers = dict.fromkeys(("n", "d", "directions", "theta_step"), "i32")
     orders = dict.fromkeys(("order_x", "order_y"), "*i32")
-    for power, size, warps in ((2, 256, 4), (2, WIDEST, 8), (0, WIDEST, 8)):
+    for power, size, warps in ((2, 64, 4), (0, WIDEST, 4)):
         given = {"P": power, "N": size}
         names = [a for a in sliced_forward_kernel.arg_names if a not in given]
         yield AotCase(
@@ -166,7 +168,11 @@ def aot() -> Iterator:
             divisible_by_16=("x", "y", "theta", "value", "order_x", "order_y", "n"),
             num_warps=warps,
         )
-    for power, word, acc in ((2, "*fp32", tl.float32), (0, "*fp32", tl.float32), (2, "*fp64", tl.float64)):
+    for power, word, acc in (
+        (2, "*fp32", tl.float32),
+        (0, "*fp32", tl.float32),
+        (2, "*fp64", tl.float64),
+    ):
         given = {"P": power, "ACC": acc, "C": 512}
         names = [a for a in sliced_slopes_kernel.arg_names if a not in given]
         yield AotCase(
@@ -174,6 +180,16 @@ def aot() -> Iterator:
             fn=sliced_slopes_kernel,
             signature={a: (integers | orders).get(a, word) for a in names},
             constexprs=given,
-            divisible_by_16=("grad", "x", "y", "theta", "order_x", "order_y", "slope_x", "slope_y", "n"),
+            divisible_by_16=(
+                "grad",
+                "x",
+                "y",
+                "theta",
+                "order_x",
+                "order_y",
+                "slope_x",
+                "slope_y",
+                "n",
+            ),
             num_warps=4,
         )

@@ -3,7 +3,7 @@
 //
 // `steps` iterations on n x k read n k logits a step, once more for a start from the columns and
 // once for the assignment: (steps + 2) n k reads and exponentials, n k elements written.
-#include "scaling_passes.h"
+#include "scaling_skinny.h"
 
 namespace solera {
 

@@ -9,10 +9,11 @@ from torch import Tensor, nn
 class SelfAttentionProjection(nn.Module):
     r"""The mean direction of a pair of point clouds: $\mu = \mathrm{normalize}((A(x) + A(y)) / 2)$.
 
-    $A(x) = \frac1n \sum_i q_i (k^\top v)$ is efficient self-attention averaged over the points: $q = \mathrm{softmax}_{d_k}(x
-    W_q)$, $k = \mathrm{softmax}_n(x W_k)$, $v = x W_v$; linear in the number of points. Trained in two steps: mu ascends
-    `sliced_wasserstein(x, y, vmf_sample(mu, kappa, L))` with the clouds detached, then the clouds descend it with mu
-    detached.
+    $A(x) = \frac1n \sum_i q_i (k^\top v)$ is efficient self-attention averaged over the points:
+    $q = \mathrm{softmax}_{d_k}(x W_q)$, $k = \mathrm{softmax}_n(x W_k)$, $v = x W_v$; linear in the number of points.
+
+    Trained in two steps: mu ascends `sliced_wasserstein(x, y, vmf_sample(mu, kappa, L))` with the clouds detached, then
+    the clouds descend it with mu detached.
 
     Args:
         dim: d, coordinates of a point. key_dim: d_k.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,13 +14,13 @@ from .._registry import accumulate_type
 PROPOSALS = 32  # a proposal is accepted with probability above 0.6: all fail once in 10^13 samples
 
 
-def _axial_3d(kappa: Tensor, shape, like: dict, generator) -> Tensor:
+def _axial_3d(kappa: Tensor, shape, like: dict[str, Any], generator) -> Tensor:
     """w = <x, mu> in three dimensions by inversion: w = 1 + log(u + (1 - u) e^{-2 kappa}) / kappa."""
     u = torch.rand(shape, generator=generator, **like).clamp_min(torch.finfo(like["dtype"]).tiny)
     return 1 + torch.logaddexp(torch.log(u), torch.log1p(-u) - 2 * kappa) / kappa
 
 
-def _axial(kappa: Tensor, d: int, shape, like: dict, generator) -> Tensor:
+def _axial(kappa: Tensor, d: int, shape, like: dict[str, Any], generator) -> Tensor:
     """w = <x, mu> in d dimensions by Wood's rejection, PROPOSALS at once, the first accepted one."""
     b = (d - 1) / (2 * kappa + torch.sqrt(4 * kappa * kappa + (d - 1) ** 2))
     x0 = (1 - b) / (1 + b)
@@ -47,7 +48,7 @@ def vmf_sample(
     *,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    r"""Samples of the von Mises-Fisher distribution, density proportional to $e^{\kappa\langle x, \mu\rangle}$ on the unit sphere.
+    r"""Samples of the von Mises-Fisher distribution: density $\propto e^{\kappa\langle x, \mu\rangle}$ on the sphere.
 
     $x = H(w, \sqrt{1 - w^2}\,v)$ with $v$ uniform in the tangent sphere and H the Householder reflection that
     takes $e_1$ to $\mu$: reparametrised, so gradients reach mu (the reflection is not smooth at $\mu = e_1$
@@ -65,9 +66,9 @@ def vmf_sample(
     Raises:
         ValueError, TypeError: naming the argument.
 
-    Source: Ulrich, "Computer Generation of Distributions on the m-Sphere", 1984; Wood, "Simulation of the von Mises Fisher
-    Distribution", 1994; Jakob, "Numerically stable sampling of the von Mises Fisher distribution on S2", 2012; as a layer:
-    Davidson et al., "Hyperspherical Variational Auto-Encoders", 2018.
+    Source: Ulrich, "Computer Generation of Distributions on the m-Sphere", 1984; Wood, "Simulation of the von
+    Mises Fisher Distribution", 1994; Jakob, "Numerically stable sampling of the von Mises Fisher distribution on
+    S2", 2012; as a layer: Davidson et al., "Hyperspherical Variational Auto-Encoders", 2018.
     """
     _check.tensor("mu", mu, min_dim=1)
     *batch, d = mu.shape
@@ -88,7 +89,7 @@ def vmf_sample(
         concentration = mu.new_full(tuple(batch), number, dtype=acc)
     mean = mu.to(acc).unsqueeze(-2)  # (..., 1, d)
     concentration = concentration.unsqueeze(-1)
-    like = {"dtype": acc, "device": mu.device}
+    like: dict[str, Any] = {"dtype": acc, "device": mu.device}
     shape = (*batch, count)
     if d == 3:
         w = _axial_3d(concentration, shape, like, generator)

@@ -24,7 +24,8 @@ mean is fixed at 0) and $D$ of $p$, with $J_n$ symmetric,
 $$H y = u - \bar u + \sum_n J_n D_n,\qquad \mathrm dl_n = J_n (D_n - r_n y),\qquad \mathrm dc = y .$$
 
 Sources: Caron et al., "Unsupervised Learning of Visual Features by Contrasting Cluster Assignments" (SwAV), 2020;
-Liusie, Manakul, Gales, "Mitigating Word Bias in Zero-shot Prompt-based Classifiers", 2023. The implicit gradient is derived here.
+Liusie, Manakul, Gales, "Mitigating Word Bias in Zero-shot Prompt-based Classifiers", 2023. The implicit gradient
+is derived here.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from .._route import needs_graph, use_reference
 from .plan import transforms_active
 
 _op = torch.ops.solera
-LN2 = math.log(2.0)
+
 
 # ---- reference ---------------------------------------------------------------------------------------
 # Potentials are in base 2: G log2(e) is `g`, log2 of the column sums without G is `sums`.
@@ -51,7 +52,7 @@ LN2 = math.log(2.0)
 def _log2_sum(t: Tensor, dim: int) -> Tensor:
     if t.shape[dim] == 0:
         return t.sum(dim) - torch.inf
-    return torch.logsumexp(t * LN2, dim) / LN2
+    return torch.logsumexp(t * math.log(2.0), dim) / math.log(2.0)
 
 
 def _next_g(log_target: Tensor, sums: Tensor) -> Tensor:
@@ -88,7 +89,7 @@ def scaling_assign_reference(logits, weight, g, scale):
     """softmax(scale logits + g) in base 2, 0 where the weight is 0."""
     t = logits.to(weight.dtype) * scale + g.unsqueeze(-2)
     live = (weight != 0).unsqueeze(-1)
-    q = torch.softmax(torch.where(live, t, 0.0) * LN2, -1)
+    q = torch.softmax(torch.where(live, t, 0.0) * math.log(2.0), -1)
     return torch.where(live, q, 0.0).to(logits.dtype).contiguous()
 
 
@@ -183,7 +184,9 @@ def _check_weights(name: str, value: Tensor, what: str) -> None:
     if value.device.type != "cpu" or torch.compiler.is_compiling() or transforms_active():
         return
     if not bool((torch.isfinite(value) & (value >= 0)).all()):
-        raise ValueError(f"{name}: expected finite {what} >= 0, got a negative, NaN or infinite one")
+        raise ValueError(
+            f"{name}: expected finite {what} >= 0, got a negative, NaN or infinite one"
+        )
     if value.numel() > 0 and not bool((value.sum(-1) > 0).all()):
         raise ValueError(f"{name}: expected a positive total, got zeros")
 
@@ -215,13 +218,14 @@ def balanced_assignment(
 
     $Q = \mathrm{diag}(u)\, e^{\text{logits}/\tau}\, \mathrm{diag}(v)$: `iterations` times, the columns (clusters)
     are scaled to their share $c_k$ of all mass, then the rows (samples) to theirs. The result is scaled so that each
-    row sums to one: a target for a cross-entropy. In log-domain, so no logits overflow (cosines / 0.05 give $e^{20}$) and
-    no entry's cluster or sample is lost however far it is below the global maximum; the shift is exact, which one maximum
-    a sample before the first column sum is not.
+    row sums to one: a target for a cross-entropy. In log-domain, so no logits overflow (cosines / 0.05 give
+    $e^{20}$) and no entry's cluster or sample is lost however far it is below the global maximum; the shift is
+    exact, which one maximum a sample before the first column sum is not.
 
     Args:
         logits: (..., N, K), any leading batch (views, heads), each item an assignment of its own; float32, float64,
-            bfloat16, float16; computed in float32 (float64 for float64), returned in its own dtype. -inf forbids a pair.
+            bfloat16, float16; computed in float32 (float64 for float64), returned in its own dtype. -inf forbids a
+            pair.
         temperature: > 0; epsilon of the Sinkhorn literature.
         iterations: >= 1.
         row_marginal: (..., N) or (N,), >= 0, up to a factor; uniform if None. A weight of 2 counts as the sample twice.
@@ -245,7 +249,7 @@ def balanced_assignment(
     *batch, n, k = logits.shape
     if k == 0:
         raise ValueError(f"logits: expected at least one column, got shape {tuple(logits.shape)}")
-    scale = 1.0 / (_positive("temperature", temperature) * LN2)
+    scale = 1.0 / (_positive("temperature", temperature) * math.log(2.0))
     _iterations(iterations)
     weight = _weights("row_marginal", row_marginal, valid, logits)
     masses = _marginal("column_marginal", column_marginal, logits, k)
@@ -331,11 +335,11 @@ def _match(logits, prior, weight, iterations, tolerance):
         solve, assign = scaling_solve_reference, scaling_assign_reference
     else:
         solve, assign = _solve, _assign
-    scale = 1.0 / LN2
+    scale = 1.0 / math.log(2.0)
     start = torch.zeros_like(prior)
     g, _, _ = solve(logits, weight, torch.log2(prior), start, scale, iterations, tolerance)
     p = assign(logits, weight, g, scale)
-    a = g * LN2
+    a = g * math.log(2.0)
     return a - a.mean(-1, keepdim=True), p
 
 
@@ -349,9 +353,9 @@ def prior_match(
 ) -> PriorMatch:
     r"""Class offsets under which the mean prediction is a given prior: $\frac1N\sum_n \mathrm{softmax}(l_n + a) = \pi$.
 
-    Offsets of this kind undo the bias of a label word (a prompt that says "positive" to everything), and a shifted label
-    distribution. They are Sinkhorn's column potential with row marginals 1 and column marginals $N\pi$. They are unique up to
-    a constant; the ones returned have mean 0.
+    Offsets of this kind undo the bias of a label word (a prompt that says "positive" to everything), and a shifted
+    label distribution. They are Sinkhorn's column potential with row marginals 1 and column marginals $N\pi$. They are
+    unique up to a constant; the ones returned have mean 0.
 
     Args:
         logits: (..., N, K), any leading batch (prompts), matched item by item.
@@ -362,8 +366,9 @@ def prior_match(
 
     Shapes: (..., N, K), (K,) -> offsets (..., K), in float32 (float64 for float64), probabilities (..., N, K).
 
-    Gradients flow from both results to logits and prior by implicit differentiation: one K x K solve, nothing is kept of
-    the iterations; right at convergence. torch.func transforms and forward-mode AD differentiate the iterations themselves.
+    Gradients flow from both results to logits and prior by implicit differentiation: one K x K solve, nothing is
+    kept of the iterations; right at convergence. torch.func transforms and forward-mode AD differentiate the iterations
+    themselves.
 
     Raises:
         ValueError, TypeError: naming the argument.
@@ -396,7 +401,8 @@ def prior_match(
     weight = weight / weight.sum(-1, keepdim=True)
     target = (target / target.sum(-1, keepdim=True)).reshape(count, k)
     arguments = (x, target, weight, iterations, tolerance)
-    a, p = _Match.apply(*arguments) if needs_graph(x, target) else _match(*arguments)
+    graph = needs_graph(x, target) and not transforms_active()
+    a, p = _Match.apply(*arguments) if graph else _match(*arguments)
     if tolerance > 0 and eager and count > 0:
         with torch.no_grad():
             mean = (weight.unsqueeze(-2) @ p.to(weight.dtype)).squeeze(-2)
@@ -416,8 +422,8 @@ def prior_match(
 def null_offsets(logits: Tensor) -> Tensor:
     r"""Offsets from the predictions for content-free inputs: $a_k = -\log \bar p_k$, their mean's logarithm negated.
 
-    The zero-resource form of `prior_match`, and contextual calibration: softmax(l + a) divides each class's probability by
-    what the class gets without any content.
+    The zero-resource form of `prior_match`, and contextual calibration: softmax(l + a) divides each class's
+    probability by what the class gets without any content.
 
     Shapes: (..., M, K), M null inputs -> (..., K). Differentiable.
 

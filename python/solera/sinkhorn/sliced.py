@@ -1,7 +1,7 @@
 r"""Core `sliced`: the sliced Wasserstein distance between two point clouds.
 
-A direction $\theta_l$ turns the clouds $x$ (n points) and $y$ (m points) into samples of the line, where optimal transport
-is a comparison of sorted values:
+A direction $\theta_l$ turns the clouds $x$ (n points) and $y$ (m points) into samples of the line, where optimal
+transport is a comparison of sorted values:
 
 $$W_p^p(l) = \int_0^1 |F_x^{-1} - F_y^{-1}|^p = \sum_t w_t\,|X_{i_t} - Y_{j_t}|^p,\qquad
   X = \mathrm{sort}(x\theta_l),\ Y = \mathrm{sort}(y\theta_l),$$
@@ -14,8 +14,8 @@ Backward keeps the two permutations alone. With $s_t = p\,|X_{i_t} - Y_{j_t}|^{p
 
 $$\mathrm dx = D_x^\top\theta,\qquad \mathrm dy = D_y^\top\theta,\qquad \mathrm d\theta = D_x x + D_y y .$$
 
-Sources: Rabin, Peyré, Delon, Bernot, "Wasserstein Barycenter and its Application to Texture Mixing", 2011; Bonneel et al.,
-"Sliced and Radon Wasserstein Barycenters of Measures", 2015.
+Sources: Rabin, Peyré, Delon, Bernot, "Wasserstein Barycenter and its Application to Texture Mixing", 2011; Bonneel
+et al., "Sliced and Radon Wasserstein Barycenters of Measures", 2015.
 """
 
 from __future__ import annotations
@@ -198,8 +198,8 @@ def sliced_wasserstein(
         x_weights, y_weights: (..., n) and (..., m), >= 0, scaled to total 1: masses of the points. A composition of
             torch's sorts; differentiable in the weights too.
 
-    Shapes: (..., n, d), (..., m, d), (..., L, d) -> (...), or (..., L) for "none". float32 or float64; half precision is
-    computed, and returned, in float32.
+    Shapes: (..., n, d), (..., m, d), (..., L, d) -> (...), or (..., L) for "none". float32 or float64; half
+    precision is computed, and returned, in float32.
 
     The distance itself is the result to the power 1/p. NaN in a cloud gives NaN in its batch item.
 
@@ -226,7 +226,11 @@ def sliced_wasserstein(
     for name, t in (("y", y), ("directions", directions)):
         _check.like(name, t, tuple(t.shape), x)
     count = directions.shape[-2]
-    for name, size, what in (("x", n, "point"), ("y", m, "point"), ("directions", count, "direction")):
+    for name, size, what in (
+        ("x", n, "point"),
+        ("y", m, "point"),
+        ("directions", count, "direction"),
+    ):
         if size == 0:
             raise ValueError(f"{name}: expected at least one {what}, got none")
     if max(n, m) >= 2**31:
@@ -250,7 +254,8 @@ def sliced_wasserstein(
         ]
         value = _weighted(flat_x, flat_y, theta, p, *weights)
     elif transforms_active():
-        value = sliced_value(flat_x, flat_y, theta, *_orders(flat_x, flat_y, theta), p)
+        order_x, order_y = _orders(flat_x, flat_y, theta)
+        value = sliced_value(flat_x, flat_y, theta, order_x, order_y, p)
     elif needs_graph(flat_x, flat_y, theta):
         value = _Sliced.apply(flat_x, flat_y, theta, p)
     elif use_reference():

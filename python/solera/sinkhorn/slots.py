@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
-from ..norm import grad_scale
+from ..norm.grad_scale import grad_scale
 
 ACTIVATIONS = ("sigmoid", "softmax")
 
@@ -50,7 +50,7 @@ def _shares(scores: Tensor, activation: str, valid: Tensor | None) -> Tensor:
 def slot_normalize(
     scores: Tensor, *, activation: str = "sigmoid", valid: Tensor | None = None
 ) -> Tensor:
-    r"""Attention of slots to set elements: $\sigma(s)$ over its sum over the slots, then over its sum over the elements.
+    r"""Attention of slots to set elements: $\sigma(s)$ over its sum over slots, then over its sum over elements.
 
     Args:
         scores: (..., K, N), K slots, N elements.
@@ -97,10 +97,11 @@ def slot_accumulate(
         scale: of the scores $q k^\top$; $D^{-1/2}$ if None.
         activation, valid: as in `slot_normalize`.
         gradient_scale: what the chunk's gradient is multiplied by. The unbiased gradient of a set too large for memory:
-            0 for the chunks run without a graph, (elements of the set) / (elements with a graph) for the others, chosen at
-            random.
+            0 for the chunks run without a graph, (elements of the set) / (elements with a graph) for the others,
+            chosen at random.
 
-    Shapes: (..., K, D), (..., N, D), (..., N, E) -> weighted (..., K, E), total (..., K), in float32 (float64 for float64).
+    Shapes: (..., K, D), (..., N, D), (..., N, E) -> weighted (..., K, E), total (..., K), in float32 (float64 for
+    float64).
 
     Raises:
         ValueError, TypeError: naming the argument.
