@@ -50,7 +50,7 @@ def test_balanced_assignment_against_float64(shape, dtype):
     logits = cosines(*shape, dtype=dtype)
     ours, truth = balanced_assignment(logits), public_loop(logits.double())
     assert ours.dtype == dtype and not ours.requires_grad
-    limit = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+    limit = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
     assert relative_error(ours, truth) <= limit[dtype]
     with solera.backend("reference"):
         assert relative_error(balanced_assignment(logits), truth) <= limit[dtype]
