@@ -793,6 +793,19 @@ def _(cost, a, b, f, g, epsilon, keep):
         cost.new_empty((batch, m)),
         cost.new_empty((batch, n, keep)),
         cost.new_empty((batch, n, keep), dtype=torch.int64),
+# ---- sinkhorn.scaling --------------------------------------------------------------------------------
+
+
+@op(
+    "sinkhorn.scaling",
+    "scaling_solve(Tensor logits, Tensor weight, Tensor log_target, Tensor? g, float scale, int steps,"
+    " float tolerance) -> (Tensor g, Tensor sums, Tensor steps)",
+)
+def _(logits, weight, log_target, g, scale, steps, tolerance):
+    return (
+        log_target.new_empty(log_target.shape),
+        log_target.new_empty(log_target.shape),
+        log_target.new_empty((log_target.shape[0],), dtype=torch.int64),
     )
 
 
@@ -858,6 +871,58 @@ def _(values, index, p, q, ra, rb, shift, tolerance, max_iterations):
         values.new_empty(p.shape),
         values.new_empty(q.shape),
         values.new_empty(p.shape[:1], dtype=torch.int64),
+    "sinkhorn.scaling",
+    "scaling_assign(Tensor logits, Tensor weight, Tensor g, float scale) -> Tensor",
+)
+def _(logits, weight, g, scale):
+    return logits.new_empty(logits.shape)
+
+
+@op(
+    "sinkhorn.scaling",
+    "scaling_balance(Tensor logits, Tensor weight, Tensor log_target, float scale, int iterations) -> Tensor",
+)
+def _(logits, weight, log_target, scale, iterations):
+    return logits.new_empty(logits.shape)
+
+
+@op(
+    "sinkhorn.scaling",
+    "scaling_backward(Tensor? grad, Tensor q, Tensor y, Tensor weight) -> Tensor",
+)
+def _(grad, q, y, weight):
+    return q.new_empty(q.shape)
+
+
+# ---- sinkhorn.sliced ---------------------------------------------------------------------------------
+
+
+@op(
+    "sinkhorn.sliced",
+    "sliced_forward(Tensor x, Tensor y, Tensor directions, float p)"
+    " -> (Tensor value, Tensor order_x, Tensor order_y)",
+)
+def _(x, y, directions, p):
+    batch, n, _ = x.shape
+    count = directions.shape[1]
+    return (
+        x.new_empty((batch, count)),
+        x.new_empty((batch, count, n), dtype=torch.int32),
+        x.new_empty((batch, count, y.shape[1]), dtype=torch.int32),
+    )
+
+
+@op(
+    "sinkhorn.sliced",
+    "sliced_backward(Tensor grad, Tensor x, Tensor y, Tensor directions, Tensor order_x, Tensor order_y,"
+    " float p) -> (Tensor dx, Tensor dy, Tensor ddirections)",
+)
+def _(grad, x, y, directions, order_x, order_y, p):
+    batch, _, d = x.shape
+    return (
+        x.new_empty(x.shape),
+        x.new_empty(y.shape),
+        x.new_empty((batch, directions.shape[1], d)),
     )
 
 

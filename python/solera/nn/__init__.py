@@ -31,6 +31,7 @@ from .norm import LayerNorm, RMSNorm
 from .online_norm import OnlineNorm1d, OnlineNorm2d
 from .samples_loss import SamplesLoss
 from .scaled_std_conv import ScaledStdConv2d
+from .sliced import SelfAttentionProjection
 from .style import ILN, AdaLIN, MomentShortcut, PositionalNorm
 from .tabm import MLPBackboneBatchEnsemble, MLPBackboneEnsemble, MLPBackboneMiniEnsemble, TabM
 from .tabm_layers import (
@@ -89,6 +90,7 @@ __all__ = [
     "RMSNorm",
     "SamplesLoss",
     "ScaledStdConv2d",
+    "SelfAttentionProjection",
     "StableMaxCrossEntropyLoss",
     "TabM",
     "TimeDependentParameter",

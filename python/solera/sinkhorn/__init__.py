@@ -64,4 +64,23 @@ __all__ = [
     "sinkhorn",
     "sinkhorn_newton_sparse",
     "squared_distance_factors",
+from .directions import vmf_sample
+from .result import SinkhornResult
+from .scaling import PriorMatch, balanced_assignment, null_offsets, prior_match
+from .sliced import sliced_wasserstein
+from .slots import SlotState, slot_accumulate, slot_finalize, slot_normalize
+
+__all__ = [
+    "PriorMatch",
+    "SinkhornResult",
+    "SlotState",
+    "balanced_assignment",
+    "null_offsets",
+    "prior_match",
+    "sinkhorn",
+    "sliced_wasserstein",
+    "slot_accumulate",
+    "slot_finalize",
+    "slot_normalize",
+    "vmf_sample",
 ]
