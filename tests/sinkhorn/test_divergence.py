@@ -18,6 +18,7 @@ def clouds(n, m, d, *batch, dtype=torch.float64):
     return [t.to(DEVICE).requires_grad_() for t in (x, y, a, b)]
 
 
+@pytest.mark.no_interpreter
 def test_divergence_is_the_three_values():
     x, y, a, b = clouds(14, 11, 2)
     options = {"epsilon": 0.1, "max_iterations": 60}
@@ -93,6 +94,7 @@ def test_samples_loss_is_geomloss(case):
         torch.testing.assert_close(value.double(), exact, rtol=1e-4, atol=2e-6)
 
 
+@pytest.mark.no_interpreter
 def test_soft_gradient_is_the_values_slope():
     """Where geomloss differs: the gradient with `reach`, against differences of the converged value."""
     x, y, a, b = (t.detach() for t in clouds(7, 6, 2))
@@ -106,6 +108,7 @@ def test_soft_gradient_is_the_values_slope():
     torch.testing.assert_close(grad[2, 1], slope, rtol=2e-3, atol=1e-7)
 
 
+@pytest.mark.no_interpreter
 def test_call_forms_and_module():
     x, y, a, b = (t.detach() for t in clouds(8, 9, 2, 3))
     loss = SamplesLoss(blur=0.2)

@@ -107,6 +107,7 @@ def test_wide_strips_take_several_tiles_of_columns():
         assert torch.isfinite(again.f).all() and again.marginal_error < 1e-3
 
 
+@pytest.mark.no_interpreter
 def test_a_distance_of_nearly_the_same_points_keeps_its_digits():
     x, _, _, _ = clouds(40, 40, 30, dtype=torch.float32)
     y = x + 1e-4 * torch.rand_like(x)
@@ -150,6 +151,7 @@ def test_over_relaxation_takes_fewer_iterations():
     torch.testing.assert_close(over.cost, plain.cost, rtol=1e-6, atol=0)
 
 
+@pytest.mark.no_interpreter
 def test_unbalanced_against_pot():
     ot = pytest.importorskip("ot", reason="POT is not installed")
     x, y, a, b = clouds(12, 17, 2)
@@ -177,13 +179,14 @@ def small(d=2):
     return [randn(*s, dtype=torch.float64, grad=True) for s in ((3, d), (4, d), (3,), (4,))]
 
 
-@pytest.mark.parametrize("name", ["sqeuclidean"] if INTERPRETED else NAMES)
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("name", NAMES)
 def test_gradcheck(name):
     for reach in (None, (None, 0.7)):
-        for output in ("cost", "projection") if INTERPRETED else OUTPUTS:
+        for output in OUTPUTS:
 
             def f(x, y, a, b):
-                options = {"epsilon": 0.9, "max_iterations": 30 if INTERPRETED else 150}
+                options = {"epsilon": 0.9, "max_iterations": 150}
                 total = 1.0 if reach is None else 1.3
                 a, b = a.softmax(-1), total * b.softmax(-1)
                 return OUTPUTS[output](
@@ -268,10 +271,12 @@ def test_soft_c_transform():
 def test_stopping_is_per_problem():
     x, y, a, b = clouds(24, 24, 2, 3)
     x[1], y[1] = 0.1 * x[1], 0.1 * y[1]  # converges at once
-    options = {"epsilon": 0.2, "tolerance": 1e-7, "check_every": 4}
-    r = sinkhorn_points(x, y, a, b, max_iterations=200, **options)
-    assert r.converged.all() and (r.marginal_error <= 1e-7).all()
-    assert (r.iterations % 4 == 0).all() and r.iterations[1] == 4 < r.iterations[0]
+    tolerance = 1e-3 if INTERPRETED else 1e-7
+    options = {"epsilon": 0.2, "tolerance": tolerance, "check_every": 2 if INTERPRETED else 4}
+    r = sinkhorn_points(x, y, a, b, max_iterations=12 if INTERPRETED else 200, **options)
+    assert r.converged.all() and (r.marginal_error <= tolerance).all()
+    every = options["check_every"]
+    assert (r.iterations % every == 0).all() and r.iterations[1] == every < r.iterations[0]
     with solera.backend("reference"):
         q = sinkhorn_points(x, y, a, b, max_iterations=200, **options)
     assert torch.equal(q.iterations, r.iterations)
@@ -305,6 +310,7 @@ def test_same_bits_for_any_thread_count_and_batch(name):
     assert torch.equal(alone.f, found[0][0][1]) and torch.equal(alone.g, found[0][1][1])
 
 
+@pytest.mark.no_interpreter
 def test_layouts_and_shapes():
     x, y, a, b = clouds(6, 8, 3, 4)
     want = sinkhorn_points(x, y, a, b, epsilon=0.1)
@@ -324,6 +330,7 @@ def test_layouts_and_shapes():
     assert torch.isfinite(grad).all()  # a gradient of stride 0
 
 
+@pytest.mark.no_interpreter
 def test_extremes():
     x, y, a, b = clouds(40, 33, 2, zeros=True)
     for epsilon in (1e-4, 1e4):
@@ -345,9 +352,9 @@ def test_extremes():
         assert torch.isfinite(sinkhorn_points(x[:1], x[:1], cost=name, epsilon=0.1).cost)
 
 
-@pytest.mark.parametrize("bad", ["x", "y", "a", "a nan", "zero"])
+@pytest.mark.parametrize("bad", ["x", "zero"] if INTERPRETED else ["x", "y", "a", "a nan", "zero"])
 def test_a_bad_problem_stays_in_its_batch_item(bad):
-    for d in (2, 12):
+    for d in (2,) if INTERPRETED else (2, 12):
         x, y, a, b = clouds(20, 21, d, 3)
         clean = sinkhorn_points(x, y, a, b, epsilon=0.2, max_iterations=5, tolerance=0.5)
         if bad in ("x", "y"):
@@ -397,6 +404,7 @@ def test_bad_arguments():
 # ---- contract ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_interpreter
 def test_opcheck():
     x, y, a, b = clouds(7, 6, 3, 2)
     f, g, v = torch.zeros_like(a), torch.zeros_like(b), torch.rand(2, 6, 1, dtype=torch.float64)
@@ -437,6 +445,7 @@ def test_compile_and_transforms():
     torch.testing.assert_close(tangent, want.sum(), rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.no_interpreter
 @given(
     n=st.integers(1, 40),
     m=st.integers(1, 40),

@@ -14,6 +14,8 @@ from solera.sinkhorn import (
     transport_gradient,
 )
 
+pytestmark = pytest.mark.no_interpreter  # compositions
+
 
 def test_transport_gradient():
     """f_i - mean of the others, and the value's slope when mass moves to one candidate from all others."""

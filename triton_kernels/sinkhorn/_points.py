@@ -74,7 +74,7 @@ def tile_sizes(source: int, d: int, double: bool) -> dict[str, int]:
     if source == PRODUCT:
         if double:
             return {"R": 32, "C": 32, "K": 16, "num_warps": 4}
-        return {"R": 64, "C": 64, "K": 32 if d >= 32 else 16, "num_warps": 4}
+        return {"R": 64, "C": 64, "K": 16, "num_warps": 8}
     return {"R": 32, "C": 32 if double else 64, "K": 16, "num_warps": 4}
 
 

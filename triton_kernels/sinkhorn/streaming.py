@@ -174,11 +174,8 @@ def _numbers(like, geometry, epsilon, rho, relaxation):
 
 def _status(a, b):
     """0 where both marginals are finite, >= 0 and not all zero, else 2."""
-    good = None
-    for t in (a, b):
-        fine = ((t >= 0) & (t < float("inf"))).all(-1) & (t.sum(-1) > 0)
-        good = fine if good is None else good & fine
-    return (good == 0).int() * 2
+    fine = [((t >= 0) & (t < float("inf"))).all(-1) & (t.sum(-1) > 0) for t in (a, b)]
+    return (~(fine[0] & fine[1])).int() * 2
 
 
 def sinkhorn_points(

@@ -112,7 +112,8 @@ def sinkhorn_points_apply(x, y, f, g, v, cost, epsilon, power, signs):
                 x, y, xx, yy, f, g, v, out, n, m, d, tiles, numbers, **options
             )
         else:
-            W = max(16, min(32 if double else 64, triton.next_power_of_2(width)))
+            # 16 columns in float64 spill
+            W = 32 if double else max(16, min(64, triton.next_power_of_2(width)))
             parts = triton.cdiv(width, W)
             points_apply_kernel[(batch * tiles * parts,)](
                 x, y, xx, yy, f, g, v, out, n, m, d, width, tiles, parts, numbers, W=W, **options
@@ -136,7 +137,7 @@ def aot() -> Iterator:
                 fn=points_apply_kernel,
                 signature={**types, "width": "i32", "parts": "i32"},
                 constexprs={
-                    "POWER": 0, "SOURCE": source, "ACC": acc, "W": min(W, 32) if double else W, **sizes,
+                    "POWER": 0, "SOURCE": source, "ACC": acc, "W": 32 if double else W, **sizes,
                 },
                 divisible_by_16=(*pointers, "n", "m", *(("d",) if d > 8 else ())),
                 num_warps=warps,

@@ -272,7 +272,7 @@ def points_adjoint(x, y, a, b, f, g, du, dv, cost, epsilon, rho_a, rho_b):
     return torch.stack((lam, a), -1), torch.stack((b, mu), -1), da, db
 
 
-def _whole_adjoint(x, y, a, b, f, g, cost, epsilon, rho_a, rho_b, du, dv):
+def _whole_adjoint(x, y, a, b, f, g, du, dv, cost, epsilon, rho_a, rho_b):
     """(dx, dy, da, db) from n x m matrices, differentiable: the second derivatives of the potentials."""
     damp_a, damp_b = damping(epsilon, rho_a), damping(epsilon, rho_b)
     both = damp_a * damp_b
@@ -341,7 +341,7 @@ class _Potentials(torch.autograd.Function):
         du = torch.zeros_like(f) if du is None else du
         dv = torch.zeros_like(g) if dv is None else dv
         if torch.is_grad_enabled():
-            grads = _whole_adjoint(x, y, a, b, f, g, *ctx.options, du, dv)
+            grads = _whole_adjoint(x, y, a, b, f, g, du, dv, *ctx.options)
         else:
             w, v, da, db = points_adjoint(x, y, a, b, f, g, du, dv, *ctx.options)
             dx = dy = None
