@@ -19,8 +19,8 @@ Forward reads the logits once, backward reads them once and writes their gradien
 
 The losses themselves are one op more, `member_cross_entropy`, which forms the gradient in the forward pass, while a
 row's exponentials are at hand: the logits are read from memory once and each exponential is computed once. What is kept
-until backward is the gradient itself, scaled as the reduction (a mean or a sum) wants it; backward multiplies it in place by what arrives
-(a row whose factor is 1, as under a mean or a sum, is left alone) and hands it on. With
+until backward is the gradient itself, scaled as the reduction (a mean or a sum) wants it; backward multiplies it in
+place by what arrives (a row whose factor is 1, as under a mean or a sum, is left alone) and hands it on. With
 $r_k = w_k e^{a_k} / \sum_j w_j e^{a_j}$ (mean probability) or $r_k = w_k$ (mean loss),
 $\mathrm{d}z_k = r_k (p_k - [c=y])$.
 """
