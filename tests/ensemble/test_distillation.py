@@ -63,8 +63,8 @@ def test_loss_and_gradients_against_float64(combine, shape, dtype):
     ):
         if dtype == torch.float64:
             assert relative_error(a, b) <= 1e-12, name
-        elif a.numel() < 100 and dtype == torch.float32:
-            # Of so few elements one rounding decides.
+        elif dtype == torch.float32:
+            # One rounding of a row's log-sum, of size 8 to 16, moves all its softmax by up to 4.8e-7.
             assert relative_error(a, b) <= max(5e-7, 2 * relative_error(c, b)), name
         else:
             assert_accurate(a, b, c, name)
