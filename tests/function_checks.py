@@ -1,7 +1,9 @@
 """What a function of tensors over a core is held to: its formula in float64, its gradients, torch's contract."""
 
 import torch
+from functorch.compile import make_boxed_func
 from helpers import DEVICE, INTERPRETED, SLACK, ULP, double, randn, relative_error
+from torch._dynamo.backends.common import aot_autograd
 
 
 def outputs_of(function, tensors):
@@ -57,6 +59,23 @@ def compiles(function, make, backend="aot_eager", **tolerances):
         got = with_gradients(compiled, tensors, grads)
         want = with_gradients(function, tensors, grads)
         torch.testing.assert_close(got, want, **tolerances)
+
+
+def ops_in_graph(function, tensors):
+    """The names of Solera's ops in the one graph that torch.compile makes of a scalar function and its backward."""
+    found = set()
+
+    def note(graph, _):
+        targets = [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        found.update(t.split(".")[1] for t in targets if t.startswith("solera."))
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    backend = aot_autograd(fw_compiler=note, bw_compiler=note)
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    wanted = [t for t in tensors if t.requires_grad]
+    torch.autograd.grad(compiled(*tensors), wanted)
+    return found
 
 
 def works_under_torch_func(function, tensors):

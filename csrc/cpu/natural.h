@@ -17,9 +17,9 @@ SOLERA_INLINE vf natural_exp(vf u) {
   const vf x = u;
   const vf n = (vf)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 0);
 #else
-  const vf x = at_least(-104.0f, u);
-  const vf magic = splat(12582912.0f);
-  const vf n = rounded(x * 1.44269504f + magic) - magic;
+  // What is too small is replaced at the end, -inf with it.
+  const vf x = u;
+  const vf n = rounded(x * 1.44269504f + splat(12582912.0f)) - 12582912.0f;
 #endif
   const vf t = (x - n * 0.693359375f) + n * 2.12194440e-4f;
   vf p = splat(1.9875691500e-4f);
@@ -33,8 +33,12 @@ SOLERA_INLINE vf natural_exp(vf u) {
   return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
   const vf y = bits_as<vf>(bits_as<vi>(p) + (__builtin_convertvector(n, vi) << 23));
+#if defined(__x86_64__)
+  return u < -87.3f ? splat(0.0f) : y;  // a NaN's n becomes 0x80000000: y is p, that NaN
+#else
   const vf low = u < -87.3f ? splat(0.0f) : y;
   return u == u ? low : u;
+#endif
 #endif
 }
 SOLERA_INLINE vd natural_exp(vd u) { return u < -708.3 ? splat(0.0) : expv(u); }

@@ -7,6 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -115,6 +119,27 @@ using Sizes = torch::headeronly::IntHeaderOnlyArrayRef;
 inline Tensor dense(const Tensor& t) {
   return t.is_contiguous() ? t : torch::stable::contiguous(t);
 }
+// Asks for 2 MiB pages under a large new output. In pages of 4 KiB a fault each costs up to ten
+// times what writing the page does, and most systems give larger ones only on request ("madvise").
+// From 32 MiB on glibc gives an allocation a mapping of its own, so the advice ends with the
+// tensor. It covers whole pages only: no more memory is used. SOLERA_HUGE_PAGES=0 asks for nothing.
+constexpr size_t kOwnMapping = size_t(32) << 20;
+inline void ask_for_huge_pages(void* data, size_t bytes) {
+#if defined(MADV_HUGEPAGE)
+  static const bool off = [] {
+    const char* asked = std::getenv("SOLERA_HUGE_PAGES");
+    return asked != nullptr && std::strcmp(asked, "0") == 0;
+  }();
+  constexpr uintptr_t kPage = uintptr_t(2) << 20;
+  const uintptr_t begin = (uintptr_t(data) + kPage - 1) / kPage * kPage;
+  const uintptr_t end = (uintptr_t(data) + bytes) / kPage * kPage;
+  // Advice that the system does not take is no error.
+  if (!off && end > begin) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
 // A new contiguous CPU tensor: torch's allocator without the dispatcher, a quarter of new_empty's
 // price. SOLERA_POISON=1 fills it with NaN, so that an element nobody writes shows (the test suite
 // sets it).
@@ -123,10 +148,11 @@ inline Tensor empty_like(const Tensor& t, Sizes sizes,
   static const bool poison = std::getenv("SOLERA_POISON") != nullptr;
   constexpr size_t kMaxDims = 64;  // torch's own limit
   STD_TORCH_CHECK(sizes.size() <= kMaxDims, "solera: too many dimensions");
-  int64_t strides[kMaxDims], step = 1;
+  int64_t strides[kMaxDims], step = 1, numel = 1;
   for (size_t i = sizes.size(); i-- > 0;) {
     strides[i] = step;
     step *= sizes[i] > 1 ? sizes[i] : 1;
+    numel *= sizes[i];
   }
   int32_t code;
   if (dtype.has_value())
@@ -138,8 +164,12 @@ inline Tensor empty_like(const Tensor& t, Sizes sizes,
                                                          strides, code,
                                                          aoti_torch_device_type_cpu(), 0, &handle));
   Tensor out(handle);
-  if (poison && out.numel() > 0)
-    std::memset(out.mutable_data_ptr(), 0xff, size_t(out.numel()) * out.element_size());
+  if (size_t(numel) >= kOwnMapping / sizeof(double)) {
+    const size_t bytes = size_t(numel) * out.element_size();
+    if (bytes >= kOwnMapping) ask_for_huge_pages(out.mutable_data_ptr(), bytes);
+  }
+  if (poison && numel > 0)
+    std::memset(out.mutable_data_ptr(), 0xff, size_t(numel) * out.element_size());
   return out;
 }
 inline std::vector<int64_t> sizes_of(const Tensor& t) {

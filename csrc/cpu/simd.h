@@ -264,6 +264,18 @@ SOLERA_INLINE float lane_sum(vf v) {
   const __m128 e = _mm_add_ps(q, _mm_movehl_ps(q, q));
   return _mm_cvtss_f32(_mm_add_ss(e, _mm_shuffle_ps(e, e, 1)));
 }
+#elif defined(__AVX2__)
+SOLERA_INLINE double lane_sum(vd v) {
+  const __m128d low = _mm256_castpd256_pd128((__m256d)v);
+  const __m128d q = _mm_add_pd(low, _mm256_extractf128_pd((__m256d)v, 1));
+  return _mm_cvtsd_f64(_mm_add_sd(q, _mm_unpackhi_pd(q, q)));
+}
+SOLERA_INLINE float lane_sum(vf v) {
+  const __m128 low = _mm256_castps256_ps128((__m256)v);
+  const __m128 q = _mm_add_ps(low, _mm256_extractf128_ps((__m256)v, 1));
+  const __m128 e = _mm_add_ps(q, _mm_movehl_ps(q, q));
+  return _mm_cvtss_f32(_mm_add_ss(e, _mm_shuffle_ps(e, e, 1)));
+}
 #endif
 template <class V>
 SOLERA_INLINE V vmax(V a, V b) {

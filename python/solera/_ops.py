@@ -451,7 +451,9 @@ op(
 
 # logits: [(N, K, C)] or K times (N, C); target (N,) int64, negative where a row is left out; weights (N, K)
 # and row numbers (N, K), or (N, 1) with weights, in the accumulator's dtype. A gradient to the logits is (N, K, C),
-# or (K, N, C) to a list.
+# or (K, N, C) to a list. scale, one number, multiplies member_cross_entropy's losses (N,) and gradients; kind is the
+# index in solera.ensemble.member_logits.COMBINATIONS. Its dlogits is (N, 1, C) where all members of one tensor share
+# it: averaged logits without weights.
 
 op(
     "ensemble.member_logits",
@@ -462,6 +464,11 @@ op(
     "ensemble.member_logits",
     "member_softmax(Tensor[] logits, Tensor target, Tensor? weights, Tensor lse, Tensor a, Tensor b,"
     " bool need_weights) -> (Tensor dlogits, Tensor dweights)",
+)
+op(
+    "ensemble.member_logits",
+    "member_cross_entropy(Tensor[] logits, Tensor target, Tensor? weights, Tensor? scale, int kind,"
+    " bool need_logits, bool need_weights) -> (Tensor loss, Tensor dlogits, Tensor dweights)",
 )
 
 

@@ -63,8 +63,8 @@ def test_loss_and_gradients_against_float64(combine, shape, dtype):
     ):
         if dtype == torch.float64:
             assert relative_error(a, b) <= 1e-12, name
-        elif a.numel() < 100 and dtype == torch.float32:
-            # Of so few elements one rounding decides.
+        elif dtype == torch.float32:
+            # One rounding of a row's log-sum, of size 8 to 16, moves all its softmax by up to 4.8e-7.
             assert relative_error(a, b) <= max(5e-7, 2 * relative_error(c, b)), name
         else:
             assert_accurate(a, b, c, name)
@@ -278,6 +278,41 @@ def test_compile_and_torch_func():
 
     function_checks.compiles(f, lambda n: batch(n, 3, 8))
     function_checks.works_under_torch_func(f, batch(4, 3, 8))
+
+
+@pytest.mark.parametrize("combine", KINDS)
+def test_compiled_graph_holds_the_kernel(combine):
+    """Whatever needs a gradient, stacked teachers and a list, kept as (N, K, C) and as (K, N, C)."""
+    student, teachers, weights = batch(4, 2, 9)
+    loss = lambda s, *t, **o: ensemble_distillation_loss(s, *t, combine=combine, **o)
+    for f, tensors in (
+        (lambda s, t: loss(s, t, member_dim=0), (student, teachers.detach())),
+        (
+            lambda s, t, w: loss(s, t, weights=w, member_dim=0),
+            (student.detach(), teachers, weights),
+        ),
+        (lambda s, t: loss(s, t), (student, randn(4, 2, 9, grad=True))),
+        (lambda s, a, b: loss(s, [a, b]), (student, *teachers.detach().unbind(0))),
+    ):
+        assert function_checks.ops_in_graph(f, tensors) == {"distill"}
+        function_checks.compiles(lambda *t, f=f: f(*t)[None], lambda n, t=tensors: t)
+
+
+@pytest.mark.no_interpreter
+def test_rising_rows():
+    """A row whose largest value rises from block to block."""
+    student, teachers, weights = batch(2, 2, 5000, torch.float32, grad=False)
+    rise = torch.linspace(0, 90, 5000, device=DEVICE)
+    tensors = [t.requires_grad_() for t in (student + rise, teachers + rise.flip(0), weights)]
+    for combine in KINDS:
+        function_checks.agrees_with_formula(
+            lambda s, t, w, c=combine: ensemble_distillation_loss(
+                s, t, weights=w, combine=c, member_dim=0, reduction="none"
+            ),
+            lambda s, t, w, c=combine: formula(s, t, w, combine=c),
+            tensors,
+            allowed=1e-6,
+        )
 
 
 @pytest.mark.inductor

@@ -19,7 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import solera
-from solera.ensemble import combine_logits, mix_log_probs
+from solera.ensemble import combine_logits, mix_log_probs, mixture_nll
 from solera.ensemble.logit_mixture import mixture_scores
 
 ops = torch.ops.solera
@@ -317,6 +317,19 @@ def test_compile(backend):
         return mixed + combine_logits(z, w, space="log_probability", plausibility=0.01).exp()
 
     function_checks.compiles(f, lambda n: batch(n, 3, 8), backend)
+
+
+def test_compiled_graph_holds_the_kernels():
+    z, w = batch(4, 3, 8)
+    assert function_checks.ops_in_graph(lambda z, w: mix_log_probs(z, w).sum(), (z, w)) == {
+        "combine_logits",
+        "combine_logits_backward",
+    }
+    target = torch.tensor([[0, 3], [7, 2]], device=DEVICE)
+    prior = torch.zeros(3, device=DEVICE)
+    z = randn(3, 2, 2, 8, grad=True)
+    nll = lambda z: mixture_nll(z, target, prior).nll.sum()
+    assert function_checks.ops_in_graph(nll, (z,)) == {"mixture_scores", "mixture_scores_backward"}
 
 
 @pytest.mark.parametrize("space", KINDS)

@@ -74,6 +74,34 @@ def test_loss_and_gradient_against_float64(combine, weighted, dtype):
             assert relative_error(a, c) <= limit, (shape, i, relative_error(a, c), limit)
 
 
+def mean_agrees(combine, y, tensors):
+    """The mean loss and its gradients (of a factor of 1) against the formula in float64."""
+    dtype = tensors[0].dtype
+
+    def values(function, dtype):
+        copies = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        loss = function(copies[0], y, *copies[1:], combine=combine, reduction="mean")
+        return loss, *torch.autograd.grad(loss, copies)
+
+    ours = values(ensemble_cross_entropy, dtype)
+    today = values(formula, torch.float32 if dtype.itemsize == 2 else dtype)
+    for i, (a, b, c) in enumerate(zip(ours, today, values(formula, torch.float64))):
+        least = 1e-12 if dtype == torch.float64 else 1e-6
+        limit = max(ULP[dtype], 2 * relative_error(b, c), least)
+        assert a.dtype == dtype and relative_error(a, c) <= limit, (i, relative_error(a, c), limit)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("combine", COMBINATIONS)
+def test_mean_against_float64(combine, dtype):
+    """The loss whose gradient is formed in the forward pass, with weights and without."""
+    for shape in SHAPES[1:3] if INTERPRETED else SHAPES[1:]:
+        for weighted in (None, "rows"):
+            z, y, w = case(*shape, torch.float64, weighted)
+            tensors = [t.detach().to(dtype).requires_grad_() for t in (z, w) if t is not None]
+            mean_agrees(combine, y, tensors)
+
+
 def test_the_layouts_agree_bit_for_bit():
     """(B, K, C), members first, more batch dimensions, and lists; gradients in the layout that came."""
     z, y, w = case(6, 3, 40, torch.float32, "members")
@@ -196,6 +224,8 @@ def test_same_bits_for_any_thread_count_and_batch():
                 results.append((each, *torch.autograd.grad(each.sum(), z)))
             for other in results[1:]:
                 assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+                total = ensemble_cross_entropy(z, y, combine=combine, reduction="sum")
+                results[-1] += torch.autograd.grad(total, z)
             part = ensemble_cross_entropy(z[7:12], y[7:12], combine=combine, reduction="none")
             assert torch.equal(part, results[0][0][7:12])
     finally:
@@ -211,6 +241,31 @@ def test_large_gradients_take_the_streaming_stores():
         few = z.detach()[20:22].requires_grad_()
         loss = ensemble_cross_entropy(few, y[20:22], combine=combine, reduction="sum")
         assert torch.equal(dz[20:22], torch.autograd.grad(loss, few)[0])
+
+
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("members, width", [(2, 5000), (3, 400_000)])
+def test_rising_rows_and_rows_past_the_scratch(members, width):
+    """A row whose largest value rises from block to block; K rows whose exponentials are not kept."""
+    z, y, w = case(1, members, width, torch.float32, "members")
+    z = (z.detach() + torch.linspace(0, 90, width, device=DEVICE)).requires_grad_()
+    for combine in COMBINATIONS:
+        mean_agrees(combine, y, (z, w))
+
+
+def test_backward_again_and_by_a_factor():
+    z, y, w = case(5, 3, 70, torch.float32, "members")
+    y[1] = -100
+    for combine in COMBINATIONS:
+        loss = ensemble_cross_entropy(z, y, w, combine=combine)
+        once = torch.autograd.grad(loss, (z, w), retain_graph=True)
+        again = torch.autograd.grad(loss, (z, w), retain_graph=True)
+        third = torch.autograd.grad(loss * 3, (z, w))
+        assert all(torch.equal(a, b) for a, b in zip(once, again))
+        torch.testing.assert_close(third, tuple(3 * g for g in once))
+        assert not once[0][1].any()
+        none = ensemble_cross_entropy(z, torch.full_like(y, -100), combine=combine)
+        assert none.isnan() and not torch.autograd.grad(none, z)[0].any()
 
 
 def test_nothing_of_the_logits_size_is_kept_but_they():
@@ -236,6 +291,10 @@ def test_opcheck():
         a, b = randn(*lse.shape), randn(1, 1).expand(lse.shape)
         args = (logits, y, weights, lse, a, b, weights is not None)
         torch.library.opcheck(ops.member_softmax.default, args)
+        for kind, scale in enumerate((None, randn(1)[0], None)):
+            for needs in ((True, True), (False, False)):
+                args = (logits, y, weights, scale, kind, *needs)
+                torch.library.opcheck(ops.member_cross_entropy.default, args)
 
 
 def compiled_matches(backend, kinds=COMBINATIONS):

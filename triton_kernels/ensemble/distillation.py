@@ -81,7 +81,10 @@ def distill_sums_kernel(
     tl.store(loss + row, result * scale, mask=inside)
     if KIND == 1 and NEED_WEIGHTS:
         log_total = tl.log(total)
+        # <d, z> = <d, z - c> as d sums to 0: what rounding leaves of that sum is taken off with c, z's mean.
         found = tl.zeros((R, KP), ACC)
+        means = tl.zeros((R, KP), ACC)
+        rest = tl.zeros((R, 1), ACC)
         slot = tl.arange(0, KP)[None, :]
         for j in range(0, width, BLOCK):
             mask = inside & (j + lane < width)
@@ -91,10 +94,14 @@ def distill_sums_kernel(
             s = tl.load(x + j + lane, mask=mask, other=0.0).to(ACC) * it - own_top
             q = tl.exp(t - top - log_total)
             d = tl.where(q > 0, q * (mean - s), 0.0)
+            rest += tl.sum(d, 1)[:, None]
             for k in range(members):
                 z = tile(table, k, members, row, j + lane, mask, ACC, DTYPE, ALIGNED) * it
                 dot = tl.sum(tl.where(d != 0, d * z, 0.0), 1)[:, None]
                 found += tl.where(slot == k, dot, 0.0)
+                z_mean = tl.sum(tl.where(q > 0, q * z, 0.0), 1)[:, None]
+                means += tl.where(slot == k, z_mean, 0.0)
+        found -= rest * means
         tl.store(dweights + row * members + slot, found * scale, mask=inside & (slot < members))
 
 

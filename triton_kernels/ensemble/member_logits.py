@@ -150,6 +150,23 @@ def member_softmax(logits, target, weights, lse, a, b, need_weights):
     return out, partial.sum(0) if moment else partial
 
 
+def member_cross_entropy(logits, target, weights, scale, kind, need_logits, need_weights):
+    """Sums, then the gradient: a row in flight is read again from L2 where it fits there."""
+    from solera.ensemble.member_logits import cross_entropy_by_sums
+
+    return cross_entropy_by_sums(
+        member_logsumexp,
+        member_softmax,
+        logits,
+        target,
+        weights,
+        scale,
+        kind,
+        need_logits,
+        need_weights,
+    )
+
+
 # ---- ahead-of-time compilation -----------------------------------------------------------------------
 
 

@@ -38,35 +38,49 @@ struct Target {
   A<T> mean;
 };
 
-// e^(value - top) of a row into e, top being the maximum so far, noted for each block.
+// A row's exponentials as add_block has them, with the student's values summed under them; for each
+// block the top that its e is relative to.
 template <class T, bool kKeep, class V, class S>
 SOLERA_INLINE Target<T> scan_target(int64_t width, const V& value, const S& student, A<T>* e,
                                     A<T>* tops) {
+  constexpr int L = kLanes<T>;
+  const A<T> lowest = lowest_of(A<T>());
   Target<T> out;
   A<T> weighted = 0;
   int64_t block = 0;
-  mixture_blocks(width, [&](int64_t first, int64_t count) {
-    weighted *=
-        out.sum.raise(block_max<T>(count, [&](int64_t j, int n) { return value(first + j, n); }));
-    const A<T> top = out.sum.top;
-    AccVec<T> w0{}, w1{}, s0{}, s1{};
-    const auto add = [&](int64_t j, int n, AccVec<T>& s, AccVec<T>& w) {
-      const AccVec<T> x = keep<T>(natural_exp(value(j, n) - top), n);
-      if (kKeep) put((A<T>*)e + j, x, n);
-      s += x;
-      w += x > 0 ? x * student(j, n) : AccVec<T>{};
-    };
-    constexpr int L = kLanes<T>;
-    int64_t j = first;
-    for (; j + 2 * L <= first + count; j += 2 * L) {
-      add(j, L, s0, w0);
-      add(j + L, L, s1, w1);
+  logit_blocks(width, [&](int64_t first, int64_t count) {
+    if (out.sum.top == lowest)
+      out.sum.raise(
+          row_max<T>(count, lowest, [&](int64_t j, int n) { return value(first + j, n); }));
+    for (;;) {
+      const A<T> top = out.sum.top;
+      AccVec<T> w0{}, w1{}, s0{}, s1{}, m0 = splat(lowest), m1 = m0;
+      const auto add = [&](int64_t j, int n, AccVec<T>& s, AccVec<T>& w, AccVec<T>& m) {
+        const AccVec<T> v = value(j, n), x = keep_or<T>(natural_exp(v - top), n, 0);
+        if (kKeep) deposit(e + j, x, n);
+        s += x;
+        w += x > 0 ? x * student(j, n) : AccVec<T>{};
+        m = vmax(m, keep_or<T>(v, n, lowest));
+      };
+      int64_t j = first;
+      for (; j + 2 * L <= first + count; j += 2 * L) {
+        add(j, L, s0, w0, m0);
+        add(j + L, L, s1, w1, m1);
+      }
+      if (j + L <= first + count) {
+        add(j, L, s0, w0, m0);
+        j += L;
+      }
+      if (j < first + count) add(j, int(first + count - j), s1, w1, m1);
+      const A<T> here = lane_top(vmax(m0, m1));
+      if (out.sum.fits(here)) {
+        out.sum.sum += lane_sum(s0 + s1);
+        weighted += lane_sum(w0 + w1);
+        break;
+      }
+      weighted *= out.sum.raise(here);
     }
-    for (; j < first + count; j += L)
-      add(j, int(first + count - j < L ? first + count - j : L), s0, w0);
-    out.sum.sum += lane_sum(s0 + s1);
-    weighted += lane_sum(w0 + w1);
-    if (kKeep) tops[block++] = top;
+    if (kKeep) tops[block++] = out.sum.top;
   });
   out.mean = weighted / out.sum.sum;
   return out;
@@ -76,7 +90,7 @@ SOLERA_INLINE Target<T> scan_target(int64_t width, const V& value, const S& stud
 template <class T, class F>
 SOLERA_INLINE void each_block(int64_t width, const Target<T>& t, const A<T>* tops, const F& body) {
   int64_t block = 0;
-  mixture_blocks(width, [&](int64_t first, int64_t count) {
+  logit_blocks(width, [&](int64_t first, int64_t count) {
     body(first, count, natural_exp_one(tops[block++] - t.sum.top) / t.sum.sum);
   });
 }
@@ -95,9 +109,10 @@ void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t en
   const bool gradients = p.dstudent || p.dteachers || (p.dweights && p.kind == 1);
   for (int64_t row = begin; row < end; ++row) {
     const T* x = (const T*)p.student + row * p.student_stride;
-    const RowSum<T> own = sum_row<T>(x, width, it);
+    const RowSum<T> own =
+        sum_of_row<T>(width, [&](int64_t j, int n) { return fetch(x + j, n) * it; });
     const A<T> total = own.log_total();
-    const auto student = [&](int64_t j, int n) { return get(x + j, n) * it - own.top; };
+    const auto student = [&](int64_t j, int n) { return fetch(x + j, n) * it - own.top; };
     A<T> share = 0, means = 0;
     T* dt = (T*)p.dteachers + row * p.row_stride;
     A<T>* dw = (A<T>*)p.dweights + row * members;
@@ -105,7 +120,7 @@ void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t en
     if (p.kind == 0) {
       for (int64_t m = 0; m < members; ++m) {
         const T* t = member_row<T>(p.teachers, m, row);
-        const auto value = [&](int64_t j, int n) { return get(t + j, n) * it; };
+        const auto value = [&](int64_t j, int n) { return fetch(t + j, n) * it; };
         Target<T> found;
         if (gradients)
           found = scan_target<T, true>(width, value, student, e, tops);
@@ -118,21 +133,20 @@ void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t en
           each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
             factor *= w[m];
             strips<L>(count, [&](int64_t j, int n) {
-              V sum = get(e + first + j, n) * factor;
-              if (m > 0) sum += get(q + first + j, n);
-              put(q + first + j, sum, n);
+              V sum = fetch(e + first + j, n) * factor;
+              if (m > 0) sum += fetch(q + first + j, n);
+              deposit(q + first + j, sum, n);
             });
           });
         }
         if (p.dteachers) {
           T* out = dt + m * p.member_stride;
-          const bool streaming = p.streaming && can_stream(out);
           each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
             factor *= -w[m] * it * scale;
-            strips<L>(count, [&](int64_t j, int n) {
-              const V held = get(e + first + j, n);
+            write_row(out + first, count, p.streaming, [&](int64_t j, int n) {
+              const V held = fetch(e + first + j, n);
               const V slope = held * factor * (student(first + j, n) - found.mean);
-              put(out + first + j, held > 0 ? slope : held * factor, n, streaming);
+              return held > 0 ? slope : held * factor;
             });
           });
         }
@@ -142,12 +156,12 @@ void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t en
         const T* t = member_row<T>(p.teachers, m, row);
         const A<T> factor = w[m] * it;
         strips<L>(width, [&](int64_t j, int n) {
-          V sum = get(t + j, n) * factor;
-          if (m > 0) sum += get(q + j, n);
-          put(q + j, sum, n);
+          V sum = fetch(t + j, n) * factor;
+          if (m > 0) sum += fetch(q + j, n);
+          deposit(q + j, sum, n);
         });
       }
-      const auto value = [&](int64_t j, int n) { return get(q + j, n); };
+      const auto value = [&](int64_t j, int n) { return fetch(q + j, n); };
       const Target<T> found = gradients ? scan_target<T, true>(width, value, student, e, tops)
                                         : scan_target<T, false>(width, value, student, e, tops);
       share = 1;
@@ -155,38 +169,44 @@ void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t en
       if (gradients) {
         each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
           strips<L>(count, [&](int64_t j, int n) {
-            put(q + first + j, get(e + first + j, n) * factor, n);
+            deposit(q + first + j, fetch(e + first + j, n) * factor, n);
           });
         });
       }
       // e becomes the gradient of the combined row.
       if (p.dteachers || p.dweights) {
         strips<L>(width, [&](int64_t j, int n) {
-          const V held = get(q + j, n), slope = held * (found.mean - student(j, n)) * scale;
-          put(e + j, held > 0 ? slope : held, n);
+          const V held = fetch(q + j, n), slope = held * (found.mean - student(j, n)) * scale;
+          deposit(e + j, held > 0 ? slope : held, n);
         });
         for (int64_t m = 0; m < members; ++m) {
           const A<T> factor = w[m] * it;
           T* out = dt + m * p.member_stride;
           if (p.dteachers)
-            strips<L>(width, [&](int64_t j, int n) { put(out + j, get(e + j, n) * factor, n); });
+            write_row(out, width, p.streaming,
+                      [&](int64_t j, int n) { return fetch(e + j, n) * factor; });
+          if (!p.dweights) continue;
+          // <dt, t> = <dt, t - c> as dt sums to 0; about their mean under q, the t do not multiply
+          // what rounding has left of that sum.
           const T* t = member_row<T>(p.teachers, m, row);
-          if (p.dweights)
-            dw[m] = it * row_sum<T>(width, [&](int64_t j, int n) {
-                      const V d = get(e + j, n);
-                      return d == 0 ? V{} : d * get(t + j, n);
-                    });
+          const A<T> c = row_sum<T>(width, [&](int64_t j, int n) {
+            const V held = fetch(q + j, n);
+            return held > 0 ? held * fetch(t + j, n) : V{};
+          });
+          dw[m] = it * row_sum<T>(width, [&](int64_t j, int n) {
+                    const V d = fetch(e + j, n);
+                    return d == 0 ? V{} : d * (fetch(t + j, n) - c);
+                  });
         }
       }
     }
     ((A<T>*)p.loss)[row] = (share * total - means) * scale;
     if (p.dstudent) {
       T* out = (T*)p.dstudent + row * width;
-      const bool streaming = p.streaming && can_stream(out);
       const A<T> factor = it * scale;
-      strips<L>(width, [&](int64_t j, int n) {
+      write_row(out, width, p.streaming, [&](int64_t j, int n) {
         const V softmax = natural_exp(student(j, n) - total) * share;
-        put(out + j, (softmax - get(q + j, n)) * factor, n, streaming);
+        return (softmax - fetch(q + j, n)) * factor;
       });
     }
   }
@@ -259,7 +279,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill(
   const auto kernel = pick_distill_table().rows[dtype_of(student)];
   parallel_for(0, rows, grain_for((count + 1) * teachers.row_bytes()),
                [&](int64_t begin, int64_t end) {
-                 const auto scratch = mixture_scratch(2 * width + width / kMixtureBlock + 1, acc);
+                 const auto scratch = mixture_scratch(2 * width + width / kLogitBlock + 1, acc);
                  kernel(p, scratch.get(), begin, end);
                });
   return {loss, dstudent, dteachers, dweights};

@@ -62,7 +62,8 @@ void scores(const MixtureScores& p, int64_t begin, int64_t end) {
     A<T> score = 0, top = 0, total = 0;
     if (y >= 0) {
       const T* x = member_row<T>(p.logits, i / p.rows, row);
-      const RowSum<T> sum = sum_row<T>(x, p.width, A<T>(1));
+      const RowSum<T> sum =
+          sum_of_row<T>(p.width, [&](int64_t j, int n) { return fetch(x + j, n); });
       top = sum.top;
       total = sum.log_total();
       score = y < p.width ? (get(x + y, 1)[0] - top) - total : A<T>(__builtin_nan(""));
@@ -76,7 +77,6 @@ void scores(const MixtureScores& p, int64_t begin, int64_t end) {
 template <class T>
 void scores_backward(const MixtureScoresBackward& p, int64_t begin, int64_t end) {
   const FlushSubnormals flushed;
-  constexpr int L = kLanes<T>;
   for (int64_t i = begin; i < end; ++i) {
     const int64_t member = i / p.rows, row = i % p.rows, y = p.target[row];
     T* out = (T*)p.out + member * p.member_stride + row * p.row_stride;
@@ -87,16 +87,11 @@ void scores_backward(const MixtureScoresBackward& p, int64_t begin, int64_t end)
     }
     const T* x = member_row<T>(p.logits, member, row);
     const A<T> top = ((const A<T>*)p.top)[i], total = ((const A<T>*)p.log_total)[i];
-    const bool streaming = p.streaming && can_stream(out);
-    strips<L>(p.width, [&](int64_t j, int n) {
-      put(out + j, natural_exp((get(x + j, n) - top) - total) * -d, n, streaming);
-    });
-    if (y < p.width) {
-      AccVec<T> at{};
-      at[0] = d - d * natural_exp((get(x + y, 1) - top) - total)[0];
-      if (p.streaming) stream_fence();
-      put(out + y, at, 1);
-    }
+    const auto softmax = [&](int64_t j, int n) {
+      return natural_exp((fetch(x + j, n) - top) - total);
+    };
+    write_row(out, p.width, p.streaming, [&](int64_t j, int n) { return softmax(j, n) * -d; });
+    if (y < p.width) put_one(out + y, d - d * softmax(y, 1)[0], p.streaming);
   }
   if (p.streaming) stream_fence();
 }
@@ -108,7 +103,7 @@ struct Combination {
   const int64_t row, members;
   const A<T>* w;
   A<T> cut, offset;
-  A<T> mx[kMixtureBlock];
+  A<T> mx[kLogitBlock];
 
   SOLERA_INLINE Combination(const MixtureCombine& given, int64_t r)
       : p(given),
@@ -117,8 +112,12 @@ struct Combination {
         w((const A<T>*)given.weights + r * members),
         cut(0),
         offset(0) {
-    if (p.masked)
-      cut = row_max<T>(member_row<T>(p.logits, p.anchor, row), p.width) + A<T>(p.log_plausibility);
+    if (p.masked) {
+      const T* x = member_row<T>(p.logits, p.anchor, row);
+      cut = row_max<T>(p.width, lowest_of(A<T>()),
+                       [&](int64_t j, int n) { return fetch(x + j, n); }) +
+            A<T>(p.log_plausibility);
+    }
   }
   SOLERA_INLINE A<T>& top(int64_t m) const { return ((A<T>*)p.top)[m * p.rows + row]; }
   SOLERA_INLINE A<T>& total(int64_t m) const { return ((A<T>*)p.log_total)[m * p.rows + row]; }
@@ -184,20 +183,23 @@ void combine(const MixtureCombine& p, void* scratch, int64_t begin, int64_t end)
     Combination<T> c(p, row);
     for (int64_t m = 0; m < c.members; ++m) {
       RowSum<T> sum;
-      if (p.kind != kMixLogit) sum = sum_row<T>(c.logits(m), p.width, A<T>(1));
+      const T* x = c.logits(m);
+      if (p.kind != kMixLogit)
+        sum = sum_of_row<T>(p.width, [&](int64_t j, int n) { return fetch(x + j, n); });
       c.top(m) = p.kind == kMixLogit ? A<T>(0) : sum.top;
       c.total(m) = p.kind == kMixLogit ? A<T>(0) : sum.log_total();
     }
     c.set_offset();
     RowSum<T> sum;
-    mixture_blocks(p.width, [&](int64_t first, int64_t count) {
+    logit_blocks(p.width, [&](int64_t first, int64_t count) {
       A<T>* block = v + first;
       c.values(first, count, block);
       c.kept(first, count, [&](int64_t j, int n, AccVec<T> mask) {
         const AccVec<T> y = get(block + j, n) * it;
         put(block + j, mask == 0 ? splat(A<T>(-__builtin_inf())) : y, n);
       });
-      if (p.normalize) add_block(sum, count, [&](int64_t j, int n) { return get(block + j, n); });
+      if (p.normalize)
+        add_block<false>(sum, count, block, [&](int64_t j, int n) { return fetch(block + j, n); });
     });
     const A<T> top = p.normalize ? sum.top : A<T>(0);
     const A<T> total = p.normalize ? sum.log_total() : A<T>(0);
@@ -223,7 +225,7 @@ void combine_backward(const MixtureCombineBackward& g, void* scratch, int64_t be
     const T* dy = (const T*)g.dout + row * g.dout_stride;
     A<T> whole = 0;
     if (p.normalize) {
-      mixture_blocks(p.width, [&](int64_t first, int64_t count) {
+      logit_blocks(p.width, [&](int64_t first, int64_t count) {
         V sum{};
         c.kept(first, count,
                [&](int64_t j, int n, V mask) { sum += mask == 0 ? V{} : get(dy + first + j, n); });
@@ -231,7 +233,7 @@ void combine_backward(const MixtureCombineBackward& g, void* scratch, int64_t be
       });
     }
     A<T> slope = 0;
-    mixture_blocks(p.width, [&](int64_t first, int64_t count) {
+    logit_blocks(p.width, [&](int64_t first, int64_t count) {
       A<T>* block = v + first;
       c.values(first, count, block);
       V sum{};

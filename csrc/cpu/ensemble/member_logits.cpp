@@ -1,10 +1,12 @@
 // Log-softmax of member logits at the label and its gradient; the formulas are in
 // python/solera/ensemble/member_logits.py.
 //
-// Bytes: forward reads the N x K x C logits once; backward reads them once and writes as many. A
-// row is walked in blocks that stay in L1 between a block's two passes (its maximum, its
-// exponentials). The weighted row of all members is made block by block and never stored.
-#include "member_rows.h"
+// Bytes: member_logsumexp reads the N x K x C logits once; member_softmax reads them once and
+// writes as many. The weighted row of all members is made block by block and never stored.
+// member_cross_entropy reads them from memory once and writes as many, with one exponential each: a
+// row's exponentials stay in a scratch until its sums are known (the K rows of a mean probability
+// in the last-level cache; past kKeptRows they are made again).
+#include "member_loss.h"
 
 namespace solera {
 
@@ -32,6 +34,7 @@ struct MemberTable {
   void (*combined_sums[4])(const MemberSums&, int64_t begin, int64_t end);
   void (*gradient[4])(const MemberGradient&, int64_t begin, int64_t end);
   void (*combined_gradient[4])(const MemberGradient&, int64_t begin, int64_t end);
+  void (*loss[4])(const MemberLoss&, void* scratch, int64_t begin, int64_t end);
 };
 
 namespace SOLERA_ISA {
@@ -55,38 +58,17 @@ void sums(const MemberSums& p, int64_t begin, int64_t end) {
       continue;
     }
     const T* x = member_row<T>(p.logits, n, k);
-    A<T> top, total;
-    log_sum_row<T>(width, [&](int64_t j, int count) { return fetch(x + j, count); }, top, total);
+    const RowSum<T> row =
+        sum_of_row<T>(width, [&](int64_t j, int count) { return fetch(x + j, count); });
     const A<T> picked = y < width ? get(x + y, 1)[0] : A<T>(__builtin_nan(""));
-    put_sums<A<T>>(p, i, top, total, picked);
+    put_sums<A<T>>(p, i, row.top, row.sum, picked);
   }
-}
-
-// The weighted sum over the members of `count` columns from `first` on, into `row`.
-template <class T>
-SOLERA_INLINE void weighted_block(const MemberRows& logits, const A<T>* weights, int64_t n,
-                                  int64_t first, int64_t count, A<T>* row) {
-  constexpr int L = kLanes<T>;
-  int64_t k = 0;
-  const auto add = [&](int64_t members) {
-    const T *x0 = member_row<T>(logits, n, k) + first,
-            *x1 = member_row<T>(logits, n, k + (members > 1)) + first;
-    const A<T> w0 = weights[k], w1 = members > 1 ? weights[k + 1] : A<T>(0);
-    strips<L>(count, [&](int64_t j, int lanes) {
-      AccVec<T> v = w0 * fetch(x0 + j, lanes);
-      if (k > 0) v += fetch(row + j, lanes);
-      if (members > 1) v += w1 * fetch(x1 + j, lanes);
-      deposit(row + j, v, lanes);
-    });
-  };
-  for (; k + 2 <= logits.members; k += 2) add(2);
-  if (k < logits.members) add(1);
 }
 
 template <class T>
 void combined_sums(const MemberSums& p, int64_t begin, int64_t end) {
   const int64_t members = p.logits.members, width = p.logits.width;
-  A<T> row[kMemberBlock];
+  A<T> row[kLogitBlock];
   for (int64_t n = begin; n < end; ++n) {
     const int64_t y = p.target[n];
     if (y < 0) {
@@ -94,31 +76,16 @@ void combined_sums(const MemberSums& p, int64_t begin, int64_t end) {
       continue;
     }
     const A<T>* weights = (const A<T>*)p.weights + n * members;
-    A<T> top = lowest_of(A<T>()), total = 0, picked = A<T>(__builtin_nan(""));
-    for (int64_t first = 0; first < width; first += kMemberBlock) {
-      const int64_t count = width - first < kMemberBlock ? width - first : kMemberBlock;
+    A<T> picked = A<T>(__builtin_nan(""));
+    RowSum<A<T>> sum;
+    logit_blocks(width, [&](int64_t first, int64_t count) {
       weighted_block<T>(p.logits, weights, n, first, count, row);
       if (y >= first && y < first + count) picked = row[y - first];
-      const A<T> here =
-          row_max<A<T>>(count, top, [&](int64_t j, int lanes) { return fetch(row + j, lanes); });
-      if (here > top) {
-        total *= natural_exp_one(top - here);
-        top = here;
-      }
-      total += row_sum<A<T>>(count, [&](int64_t j, int lanes) {
-        return keep_or<A<T>>(natural_exp(fetch(row + j, lanes) - top), lanes, 0);
-      });
-    }
-    put_sums<A<T>>(p, n, top, total, picked);
+      add_block<false>(sum, count, row,
+                       [&](int64_t j, int lanes) { return fetch(row + j, lanes); });
+    });
+    put_sums<A<T>>(p, n, sum.top, sum.sum, picked);
   }
-}
-
-template <class T>
-SOLERA_INLINE void put_label(T* out, A<T> value, bool streaming) {
-  if (streaming) stream_fence();
-  AccVec<T> v{};
-  v[0] = value;
-  put(out, v, 1);
 }
 
 template <class T>
@@ -136,7 +103,7 @@ void gradient(const MemberGradient& p, int64_t begin, int64_t end) {
     const A<T> lse = ((const A<T>*)p.lse)[i];
     write_row(out, width, p.streaming,
               [&](int64_t j, int count) { return a * natural_exp(fetch(x + j, count) - lse); });
-    if (y < width) put_label(out + y, a * natural_exp(get(x + y, 1) - lse)[0] + b, p.streaming);
+    if (y < width) put_one(out + y, a * natural_exp(get(x + y, 1) - lse)[0] + b, p.streaming);
   }
   if (p.streaming) stream_fence();
 }
@@ -144,7 +111,7 @@ void gradient(const MemberGradient& p, int64_t begin, int64_t end) {
 template <class T>
 void combined_gradient(const MemberGradient& p, int64_t begin, int64_t end) {
   const int64_t members = p.logits.members, width = p.logits.width;
-  A<T> row[kMemberBlock];
+  A<T> row[kLogitBlock];
   for (int64_t n = begin; n < end; ++n) {
     const int64_t y = p.target[n];
     const A<T>* weights = (const A<T>*)p.weights + n * members;
@@ -158,8 +125,8 @@ void combined_gradient(const MemberGradient& p, int64_t begin, int64_t end) {
     }
     const A<T> lse = ((const A<T>*)p.lse)[n];
     const A<T> a = ((const A<T>*)p.a)[n], b = ((const A<T>*)p.b)[n];
-    for (int64_t first = 0; first < width; first += kMemberBlock) {
-      const int64_t count = width - first < kMemberBlock ? width - first : kMemberBlock;
+    for (int64_t first = 0; first < width; first += kLogitBlock) {
+      const int64_t count = width - first < kLogitBlock ? width - first : kLogitBlock;
       weighted_block<T>(p.logits, weights, n, first, count, row);
       strips<kLanes<A<T>>>(count, [&](int64_t j, int lanes) {
         deposit(row + j, a * natural_exp(fetch(row + j, lanes) - lse), lanes);
@@ -186,7 +153,7 @@ void combined_gradient(const MemberGradient& p, int64_t begin, int64_t end) {
 #define SOLERA_ALL(f) {f<float>, f<double>, f<bf16>, f<f16>}
 extern const MemberTable member_table;
 const MemberTable member_table = {SOLERA_ALL(sums), SOLERA_ALL(combined_sums), SOLERA_ALL(gradient),
-                                  SOLERA_ALL(combined_gradient)};
+                                  SOLERA_ALL(combined_gradient), SOLERA_ALL(loss)};
 #undef SOLERA_ALL
 
 }  // namespace SOLERA_ISA
@@ -277,9 +244,52 @@ std::tuple<Tensor, Tensor> member_softmax(std::vector<Tensor> logits, const Tens
   return {out, dweights};
 }
 
+std::tuple<Tensor, Tensor, Tensor> member_cross_entropy(std::vector<Tensor> logits,
+                                                        const Tensor& target, OptTensor weights,
+                                                        OptTensor scale, int64_t kind,
+                                                        bool need_logits, bool need_weights) {
+  const MemberArguments in(logits, target, weights);
+  const int64_t rows = in.logits.rows, members = in.logits.members, width = in.logits.width;
+  STD_TORCH_CHECK(!scale.has_value() || (scale->numel() == 1 && scale->scalar_type() == in.acc),
+                  "solera: scale must be one number of the accumulator's type");
+  const int64_t row[] = {rows}, full[] = {rows, members}, none[] = {0};
+  const Tensor& first = in.logits.first();
+  Tensor loss = empty_like(first, Sizes(row, 1), in.acc);
+  const bool shared = kind == kMeanLogit && !in.combined() && !in.logits.list;
+  const int64_t one[] = {rows, 1, width};
+  Tensor dlogits = !need_logits ? empty_like(first, Sizes(none, 1))
+                   : shared     ? empty_like(first, Sizes(one, 3))
+                                : in.logits.like();
+  Tensor dweights = empty_like(first, need_weights ? Sizes(full, 2) : Sizes(none, 1), in.acc);
+  const int64_t size = in.acc == ScalarType::Double ? 8 : 4;
+  const bool kept = kind == kMeanProbability && need_logits && members * width * size <= kKeptRows;
+  const MemberLoss p{in.logits.view(),
+                     in.labels(),
+                     data_or_null(in.weights),
+                     data_or_null(scale),
+                     loss.mutable_data_ptr(),
+                     need_logits ? dlogits.mutable_data_ptr() : nullptr,
+                     need_weights ? dweights.mutable_data_ptr() : nullptr,
+                     shared ? width : in.logits.row_step(),
+                     in.logits.member_step(),
+                     int(kind),
+                     shared,
+                     kept,
+                     need_logits && dlogits.numel() * first.element_size() >= kMemberStreamBytes};
+  const auto kernel = pick_member_table().loss[in.dtype()];
+  const int64_t scratch = loss_scratch(members, width, kept);
+  parallel_for(0, rows, grain_for(rows > 0 ? in.logits.bytes() / rows : 1),
+               [&](int64_t begin, int64_t end) {
+                 const std::unique_ptr<double[]> work(new double[size_t(scratch * size / 8 + 1)]);
+                 kernel(p, work.get(), begin, end);
+               });
+  return {loss, dlogits, dweights};
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {
+  m.impl("member_cross_entropy", TORCH_BOX(&member_cross_entropy));
   m.impl("member_logsumexp", TORCH_BOX(&member_logsumexp));
   m.impl("member_softmax", TORCH_BOX(&member_softmax));
 }

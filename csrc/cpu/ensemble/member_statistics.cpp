@@ -39,7 +39,7 @@ constexpr int64_t kKeptBytes = int64_t(384) << 10;
 // A row's columns rounded up to whole vectors of any instruction set.
 inline int64_t padded_columns(int64_t width) { return (width + 15) / 16 * 16; }
 inline int64_t statistics_scratch(int64_t members, int64_t width, bool kept) {
-  return 2 * members + 2 * 1024 + (kept ? members * padded_columns(width) : 0);
+  return 3 * members + 2 * 1024 + (kept ? members * padded_columns(width) : 0);
 }
 
 namespace SOLERA_ISA {
@@ -53,57 +53,21 @@ struct RowSums {
   int64_t at;
 };
 
-template <class V>
-SOLERA_INLINE int64_t lane_least(V v) {
-#if defined(__AVX512F__)
-  if constexpr (sizeof(v[0]) == 4)
-    return _mm512_reduce_min_epi32((__m512i)v);
-  else
-    return _mm512_reduce_min_epi64((__m512i)v);
-#else
-  constexpr int n = sizeof(V) / sizeof(v[0]);
-  auto lane = v[0];
-  for (int i = 1; i < n; ++i) lane = v[i] < lane ? v[i] : lane;
-  return int64_t(lane);
-#endif
-}
-
-// The first column with value `top` into `at`, the first NaN into `nan`; both stay where there is
-// none. Columns are counted in integers as wide as a lane, so n is a block's or a short row's.
-template <class T>
-SOLERA_INLINE void first_column(const T* x, int64_t n, A<T> top, int64_t offset, int64_t& at,
-                                int64_t& nan) {
-  constexpr int L = kLanes<T>;
-  const auto numbers = lane_numbers(A<T>());
-  auto best = numbers * 0 + 0x7fffffff, bad = best;
-  strips<L>(n, [&](int64_t j, int count) {
-    const AccVec<T> v = keep_or<T>(fetch(x + j, count), count, lowest_of(A<T>()));
-    const auto here = numbers + decltype(numbers[0] + 0)(j);
-    const auto hit = v == top ? here : best, odd = v != v ? here : bad;
-    best = hit < best ? hit : best;
-    bad = odd < bad ? odd : bad;
-  });
-  const int64_t found = lane_least(best), wrong = lane_least(bad);
-  if (found < n) at = offset + found;
-  if (nan < 0 && wrong < n) nan = offset + wrong;
-}
-
 template <class T, bool kSmooth>
 SOLERA_INLINE RowSums<A<T>> sums_of(const T* x, int64_t width, bool votes, A<T>* kept) {
   constexpr int L = kLanes<T>;
   const A<T> lowest = lowest_of(A<T>());
   RowSums<A<T>> row{lowest, 0, 0, 0};
-  int64_t nan = -1, elsewhere = -1;
-  const int64_t step = kept != nullptr ? width : kMemberBlock;  // kept ones share one maximum
+  const int64_t step = kept != nullptr ? width : kLogitBlock;  // kept ones share one maximum
   for (int64_t first = 0; first < width; first += step) {
     const int64_t n = width - first < step ? width - first : step;
     const T* block = x + first;
     const A<T> here =
         row_max<T>(n, row.top, [&](int64_t j, int count) { return fetch(block + j, count); });
-    if (votes && (here > row.top || first == 0))
-      first_column(block, n, here, first, row.at, nan);
-    else if (votes && nan < 0)
-      first_column(block, n, here, first, elsewhere, nan);
+    if (votes && (here > row.top || first == 0)) {
+      const int64_t at = first_column(block, n, [&](AccVec<T> v) { return equal_lanes(v, here); });
+      if (at < n) row.at = first + at;
+    }
     if (here > row.top) {
       if (kSmooth && first > 0) {
         const A<T> factor = natural_exp_one(row.top - here);
@@ -134,7 +98,11 @@ SOLERA_INLINE RowSums<A<T>> sums_of(const T* x, int64_t width, bool votes, A<T>*
     row.total += lane_sum(s0 + s1);
     row.weighted += lane_sum(w0 + w1);
   }
-  if (nan >= 0) row.at = nan;
+  // A NaN makes the sum one.
+  if (votes && (!kSmooth || row.total != row.total)) {
+    const int64_t at = first_column(x, width, [&](AccVec<T> v) { return nan_lanes(v); });
+    if (at < width) row.at = at;
+  }
   return row;
 }
 
@@ -145,32 +113,40 @@ SOLERA_INLINE AccVec<T> m_log_m(AccVec<T> m) {
   return m < tiny ? splat(A<T>(0)) : m * natural_log(m);
 }
 
-// Mean and variance over the members of `count` columns, from their kept exponentials.
-template <class T>
-SOLERA_INLINE AccVec<T> kept_columns(const A<T>* kept, const A<T>* inverse, int64_t members,
-                                     int64_t step, A<T> share, AccVec<T>* variance) {
-  AccVec<T> m0{}, m1{};
+// Mean and variance over the members of kWide vectors of columns, from their kept exponentials.
+template <class T, int kWide>
+SOLERA_INLINE void kept_columns(const A<T>* kept, const A<T>* inverse, int64_t members,
+                                int64_t step, A<T> share, AccVec<T>* mean, AccVec<T>* variance) {
+  constexpr int L = kLanes<A<T>>;
+  AccVec<T> m0[kWide] = {}, m1[kWide] = {};
+  const auto probability = [&](int64_t k, int i) {
+    return load(kept + k * step + i * L) * inverse[k];
+  };
   int64_t k = 0;
-  for (; k + 2 <= members; k += 2) {
-    m0 += load(kept + k * step) * inverse[k];
-    m1 += load(kept + (k + 1) * step) * inverse[k + 1];
+  for (; k + 2 <= members; k += 2)
+    for (int i = 0; i < kWide; ++i) {
+      m0[i] += probability(k, i);
+      m1[i] += probability(k + 1, i);
+    }
+  for (int i = 0; i < kWide; ++i) {
+    if (k < members) m0[i] += probability(k, i);
+    mean[i] = (m0[i] + m1[i]) * share;
   }
-  if (k < members) m0 += load(kept + k * step) * inverse[k];
-  const AccVec<T> mean = (m0 + m1) * share;
-  if (variance == nullptr) return mean;
-  AccVec<T> v0{}, v1{};
-  for (k = 0; k + 2 <= members; k += 2) {
-    const AccVec<T> d0 = load(kept + k * step) * inverse[k] - mean;
-    const AccVec<T> d1 = load(kept + (k + 1) * step) * inverse[k + 1] - mean;
-    v0 += d0 * d0;
-    v1 += d1 * d1;
+  if (variance == nullptr) return;
+  AccVec<T> v0[kWide] = {}, v1[kWide] = {};
+  for (k = 0; k + 2 <= members; k += 2)
+    for (int i = 0; i < kWide; ++i) {
+      const AccVec<T> d0 = probability(k, i) - mean[i], d1 = probability(k + 1, i) - mean[i];
+      v0[i] += d0 * d0;
+      v1[i] += d1 * d1;
+    }
+  for (int i = 0; i < kWide; ++i) {
+    if (k < members) {
+      const AccVec<T> d0 = probability(k, i) - mean[i];
+      v0[i] += d0 * d0;
+    }
+    variance[i] = (v0[i] + v1[i]) * share;
   }
-  if (k < members) {
-    const AccVec<T> d0 = load(kept + k * step) * inverse[k] - mean;
-    v0 += d0 * d0;
-  }
-  *variance = (v0 + v1) * share;
-  return mean;
 }
 
 template <class T>
@@ -181,15 +157,23 @@ SOLERA_INLINE void smooth_kept(const MemberMoments& p, const A<T>* kept, const A
   const A<T> share = A<T>(1) / A<T>(p.logits.members);
   A<T>* mean = (A<T>*)p.mean + n * width;
   A<T>* variance = p.wanted & kVariance ? (A<T>*)p.variance + n * width : nullptr;
-  AccVec<T> entropy{};
-  strips<L>(width, [&](int64_t j, int count) {
-    AccVec<T> v{};
-    const AccVec<T> m = kept_columns<T>(kept + j, inverse, p.logits.members, step, share,
-                                        variance == nullptr ? nullptr : &v);
-    deposit(mean + j, m, count);
-    if (variance != nullptr) deposit(variance + j, v, count);
-    if (p.wanted & kEntropies) entropy += keep_or<T>(m_log_m<T>(m), count, 0);
-  });
+  AccVec<T> entropy{}, m[2], v[2];
+  const auto finish = [&](int64_t j, int i, int count) {
+    deposit(mean + j, m[i], count);
+    if (variance != nullptr) deposit(variance + j, v[i], count);
+    if (p.wanted & kEntropies) entropy += keep_or<T>(m_log_m<T>(m[i]), count, 0);
+  };
+  AccVec<T>* wanted = variance == nullptr ? nullptr : v;
+  int64_t j = 0;
+  for (; j + 2 * L <= width; j += 2 * L) {
+    kept_columns<T, 2>(kept + j, inverse, p.logits.members, step, share, m, wanted);
+    finish(j, 0, L);
+    finish(j + L, 1, L);
+  }
+  for (; j < width; j += L) {
+    kept_columns<T, 1>(kept + j, inverse, p.logits.members, step, share, m, wanted);
+    finish(j, 0, int(width - j < L ? width - j : L));
+  }
   negative = lane_sum(entropy);
 }
 
@@ -198,11 +182,11 @@ SOLERA_INLINE void smooth_again(const MemberMoments& p, const A<T>* tops, const 
                                 A<T>* block, int64_t n, A<T>& negative) {
   constexpr int L = kLanes<T>;
   const int64_t width = p.logits.width;
-  A<T>*mean = block, *square = block + kMemberBlock;
+  A<T>*mean = block, *square = block + kLogitBlock;
   negative = 0;
-  for (int64_t first = 0; first < width; first += kMemberBlock) {
-    const int64_t columns = width - first < kMemberBlock ? width - first : kMemberBlock;
-    memset((void*)block, 0, 2 * kMemberBlock * sizeof(A<T>));
+  for (int64_t first = 0; first < width; first += kLogitBlock) {
+    const int64_t columns = width - first < kLogitBlock ? width - first : kLogitBlock;
+    memset((void*)block, 0, 2 * kLogitBlock * sizeof(A<T>));
     for (int64_t k = 0; k < p.logits.members; ++k) {
       const T* x = member_row<T>(p.logits, n, k) + first;
       const A<T> top = tops[k], scale = inverse[k], share = A<T>(1) / A<T>(k + 1);
@@ -249,7 +233,7 @@ void rows_of(const MemberMoments& p, void* scratch, int64_t* counts, int64_t beg
   const int64_t members = p.logits.members, width = p.logits.width, step = padded_columns(width);
   A<T>*inverse = (A<T>*)scratch, *largest = inverse + members;
   int64_t* tops = (int64_t*)(counts + width);
-  A<T>*block = largest + members, *kept = block + 2 * kMemberBlock;
+  A<T>*totals = largest + members, *block = totals + members, *kept = block + 2 * kLogitBlock;
   const bool votes = p.wanted & (kVotes | kTops);
   for (int64_t n = begin; n < end; ++n) {
     double entropies = 0;
@@ -258,11 +242,15 @@ void rows_of(const MemberMoments& p, void* scratch, int64_t* counts, int64_t beg
                                                     p.kept ? kept + k * step : nullptr);
       tops[k] = row.at;
       if (!kSmooth) continue;
-      const A<T> log_total = natural_log_one(row.total);
+      totals[k] = row.total;
       inverse[k] = 1 / row.total;
       largest[k] = row.top;
-      entropies += double(log_total) - double(row.weighted) / double(row.total);
+      entropies -= double(row.weighted) / double(row.total);
     }
+    if (kSmooth && p.wanted & kEntropies)
+      entropies += double(row_sum<A<T>>(members, [&](int64_t k, int count) {
+        return keep_or<A<T>>(natural_log(fetch(totals + k, count)), count, 0);
+      }));
     if (kSmooth) {
       A<T> negative;
       if (p.kept)

@@ -30,6 +30,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.compiler import is_dynamo_compiling
 
 from .. import _check
@@ -166,6 +167,45 @@ class _Distill(torch.autograd.Function):
         return None, None, None, *found
 
 
+class _DistillTraced(torch.autograd.Function):
+    """The same as dynamo can trace it: the gradients are saved, and multiplied into new tensors."""
+
+    @staticmethod
+    def forward(ctx, inverse_temperature, scale, kind, needs, weights, student, *teachers):
+        rows_first = is_rows_first(teachers)
+        ctx.needs, ctx.rows_first = needs, rows_first
+        ctx.stacked, ctx.members = teachers[0].dim() == 3, len(teachers)
+        loss, dstudent, dteachers, dweights = _op.distill(
+            student,
+            rows_of(teachers),
+            weights,
+            inverse_temperature,
+            scale,
+            kind,
+            *needs,
+            rows_first,
+        )
+        ctx.save_for_backward(dstudent, dteachers, dweights)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        dstudent, dteachers, dweights = ctx.saved_tensors
+        need_student, need_teachers, need_weights = ctx.needs
+        g = grad[:, None]
+        found_weights = (dweights * g).sum(0) if need_weights else None
+        found_student = (dstudent * g).to(dstudent.dtype) if need_student else None
+        found: tuple = (None,) * ctx.members
+        if need_teachers:
+            each = (dteachers * (g[:, None] if ctx.rows_first else g)).to(dteachers.dtype)
+            if ctx.stacked:
+                found = (each if ctx.rows_first else each.transpose(0, 1),)
+            else:
+                found = each.unbind(1 if ctx.rows_first else 0)
+        return None, None, None, None, found_weights, found_student, *found
+
+
 def _member_weights(weights: object, members: Members, name: str = "weights") -> Tensor:
     """(K,) in the accumulator's dtype; None is the mean."""
     first = members.first
@@ -200,8 +240,7 @@ def ensemble_distillation_loss(
     $\tau^2$; the entropy of q, which is constant in the student, is not subtracted.
 
     One pass over teachers and student gives the loss and, where asked for, every gradient; q is never stored.
-    Gradients go to the student and to those of teachers and weights that require one. Under `torch.compile` it is
-    composed of torch operations.
+    Gradients go to the student and to those of teachers and weights that require one.
 
     Args:
         student: (..., C).
@@ -248,10 +287,14 @@ def ensemble_distillation_loss(
     # The mean's factor goes into the kernel, so that the rows' own gradients come as 1.
     scale = 1.0 / rows if reduction == "mean" and rows else 1.0
     options = (1.0 / tau, scale, COMBINE.index(combine))
-    if use_reference() or is_dynamo_compiling():
+    if use_reference():
         losses = distill_reference(flat, members.tensors, w, *options)
     elif needs_graph(flat, w, *members.tensors):
-        losses = _Distill.apply(*options, w, flat, *members.tensors)
+        if is_dynamo_compiling():
+            needs = (flat.requires_grad, needs_graph(*members.tensors), w.requires_grad)
+            losses = _DistillTraced.apply(*options, needs, w, flat, *members.tensors)
+        else:
+            losses = _Distill.apply(*options, w, flat, *members.tensors)
     else:
         none = (False, False, False, False)
         losses = _op.distill(flat, rows_of(members.tensors), w, *options, *none)[0]

@@ -34,7 +34,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
@@ -211,7 +210,7 @@ class _MixtureScores(torch.autograd.Function):
 
 def mixture_scores(logits: Sequence[Tensor], target: Tensor) -> Tensor:
     """(K, N) of [(N, K, C)] or K times (N, C) and (N,) labels, differentiable in the logits."""
-    if use_reference() or is_dynamo_compiling():
+    if use_reference():
         return mixture_scores_reference(logits, target)
     if needs_graph(*logits):
         return _MixtureScores.apply(target, *logits)
@@ -262,7 +261,7 @@ def combine(
 ) -> Tensor:
     """(N, C) of [(N, K, C)] or K times (N, C) and weights (N, K), differentiable in both."""
     options = (kind, 1.0 / temperature, plausibility, anchor, normalize)
-    if use_reference() or is_dynamo_compiling():
+    if use_reference():
         return combine_reference(logits, weights, *options).to(logits[0].dtype)
     if needs_graph(weights, *logits):
         return _Combine.apply(weights, *options, *logits)

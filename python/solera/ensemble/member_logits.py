@@ -16,6 +16,13 @@ $\mathrm{d}z_{nk}$ is that of the member's own row, or $w_{nk}\,\mathrm{d}v_n$, 
 $\mathrm{d}w_{nk} = \mathrm{d}v_n\cdot z_{nk}$.
 
 Forward reads the logits once, backward reads them once and writes their gradient; between the two only $\ell$ is kept.
+
+The losses themselves are one op more, `member_cross_entropy`, which forms the gradient in the forward pass, while a
+row's exponentials are at hand: the logits are read from memory once and each exponential is computed once. What is kept
+until backward is the gradient itself, scaled as the reduction (a mean or a sum) wants it; backward multiplies it in
+place by what arrives (a row whose factor is 1, as under a mean or a sum, is left alone) and hands it on. With
+$r_k = w_k e^{a_k} / \sum_j w_j e^{a_j}$ (mean probability) or $r_k = w_k$ (mean loss),
+$\mathrm{d}z_k = r_k (p_k - [c=y])$.
 """
 
 from __future__ import annotations
@@ -24,12 +31,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
 from .._route import needs_graph, use_reference
-from ..norm._labels import labels, reduced
+from ..norm._labels import REDUCTIONS, labels, reduced
 from ._groups import check_group, largest_over, summed_over, world_members
 from ._logits import Members, member_logits, stacked, unstacked
 
@@ -89,7 +97,112 @@ def _member_softmax(logits, target, weights, lse, a, b, need_weights):
     return d.clone(memory_format=torch.contiguous_format), dweights
 
 
+def member_cross_entropy_reference(
+    tensors: Sequence[Tensor],
+    target: Tensor,
+    weights: Tensor | None,
+    scale: Tensor | None,
+    kind: int,
+) -> Tensor:
+    """(N,): the rows' losses times `scale`; 0 where the label is negative."""
+    if kind == 0 and weights is None:
+        z = stacked(tensors)
+        weights = z.new_full(z.shape[:2], 1 / z.shape[1], dtype=accumulate_type(z))
+    _, logp = member_logsumexp_reference(tensors, target, weights if kind == 0 else None)
+    found = _combined(logp, weights, kind)
+    return -found if scale is None else -found * scale
+
+
+def _combined(logp: Tensor, weights: Tensor | None, kind: int, group=None) -> Tensor:
+    """(N,) of logp (N, K), or (N, 1) of the weighted row."""
+    if kind == 0:
+        return logp[:, 0]
+    return log_mean_exp(logp, weights, group) if kind == 1 else _averaged(logp, weights, group)
+
+
+def cross_entropy_by_sums(
+    logsumexp, softmax, tensors, target, weights, scale, kind, need_logits, need_weights
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op from the two others, for devices without a kernel of its own."""
+    first = tensors[0]
+    members = first.shape[1] if first.dim() == 3 else len(tensors)
+    acc = accumulate_type(first)
+    shared = kind == 0 and weights is None and first.dim() == 3
+    if weights is None:
+        weights = first.new_full((), 1 / members, dtype=acc).expand(target.shape[0], members)
+    inner = weights if kind == 0 else None
+    lse, logp = logsumexp(tensors, target, inner)
+    with torch.no_grad():
+        found = _combined(logp, weights, kind)
+        if kind == 1:
+            top = logp.amax(1, keepdim=True).clamp(min=torch.finfo(acc).min)
+            e = (logp - top).exp()
+            each = e / (weights * e).sum(1, keepdim=True)
+        else:
+            each = torch.ones_like(logp) if kind == 0 else logp
+        factor = torch.ones_like(logp) if kind == 0 else weights * (each if kind == 1 else 1.0)
+        if scale is not None:
+            found, each, factor = found * scale, each * scale, factor * scale
+    dlogits, dweights = first.new_empty(0), first.new_empty(0, dtype=acc)
+    if need_logits or (need_weights and kind == 0):
+        dlogits, dweights = softmax(
+            tensors, target, inner, lse, factor.contiguous(), -factor, need_weights and kind == 0
+        )
+        dlogits = dlogits if need_logits else first.new_empty(0)
+        dlogits = dlogits[:, :1].clone() if shared and need_logits else dlogits
+    if need_weights and kind != 0:
+        dweights = torch.where((target >= 0)[:, None], -each, 0.0)
+    return torch.where(target >= 0, -found, 0.0), dlogits, dweights
+
+
+@reference("member_cross_entropy")
+def _member_cross_entropy(logits, target, weights, scale, kind, need_logits, need_weights):
+    return cross_entropy_by_sums(
+        _member_logsumexp, _member_softmax, logits, target, weights, scale, kind, need_logits,
+        need_weights,
+    )  # fmt: skip
+
+
 # ---- autograd ----------------------------------------------------------------------------------------
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, target, scale, kind, weights, *tensors):
+        need_weights, *rest = ctx.needs_input_grad[3:]
+        needs = (any(rest), need_weights)
+        loss, *grads = _op.member_cross_entropy(tensors, target, weights, scale, kind, *needs)
+        ctx.save_for_backward(target, scale, weights, *tensors)
+        ctx.kind, ctx.needs, ctx.grads = kind, needs, grads
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        target, scale, weights, *tensors = ctx.saved_tensors
+        need = ctx.needs_input_grad[3:]
+        if torch.is_grad_enabled():
+
+            def loss(weights, *tensors):
+                return member_cross_entropy_reference(tensors, target, weights, scale, ctx.kind)
+
+            found = differentiable_vjp(loss, (weights, *tensors), need, (grad,))
+            return None, None, None, *found
+        grads, ctx.grads = ctx.grads, None
+        if grads is None:  # handed on by an earlier backward through this graph
+            _, *grads = _op.member_cross_entropy(
+                tensors, target, weights, scale, ctx.kind, *ctx.needs
+            )
+        dlogits, dweights = grads
+        found = [dweights * grad[:, None] if need[0] else None]
+        if any(need[1:]):
+            as_sets = dlogits.transpose(0, 1) if tensors[0].dim() == 3 else dlogits  # (K, N, C)
+            _op.distill_scale_(as_sets, grad)
+            if tensors[0].dim() == 3:
+                dlogits = dlogits.expand(tensors[0].shape)
+            found += unstacked(dlogits, tensors)
+        else:
+            found += [None] * len(tensors)
+        return None, None, None, *found
 
 
 class _MemberLogsumexp(torch.autograd.Function):
@@ -200,15 +313,37 @@ def ensemble_cross_entropy(
     x = members.first
     y = labels("target", target, members.shape, members.classes, x.device, ignore_index)
     w = member_weights(weights, members)
-    if combine == "logit":
+    kind = COMBINATIONS.index(combine)
+    # Rows of their own factors would have to be written twice, and rounded twice.
+    whole = reduction != "none" and not use_reference() and not is_dynamo_compiling()
+    if whole and group is None:
+        return _reduced_cross_entropy(members, y, w, kind, reduction)
+    if kind == 0:
         logp = _of_averaged_logits(members, y, w, group)
     else:
-        _, each = member_logsumexp(members.tensors, y)
-        if combine == "probability":
-            logp = log_mean_exp(each, w, group)
-        else:
-            logp = _averaged(each, w, group)
+        logp = _combined(member_logsumexp(members.tensors, y)[1], w, kind, group)
     return reduced(-logp, y, reduction, x, members.shape)
+
+
+def _reduced_cross_entropy(
+    members: Members, target: Tensor, weights: Tensor | None, kind: int, reduction: str
+) -> Tensor:
+    """The mean's factor goes into the kernel, so that the rows' own gradients come as 1."""
+    _check.choice("reduction", reduction, REDUCTIONS)
+    scale = count = None
+    if reduction == "mean":
+        count = (target >= 0).sum()
+        scale = (1.0 / count.double()).to(accumulate_type(members.first))
+    if needs_graph(weights, *members.tensors):
+        losses = _CrossEntropy.apply(target, scale, kind, weights, *members.tensors)
+    else:
+        losses, _, _ = _op.member_cross_entropy(
+            members.tensors, target, weights, scale, kind, False, False
+        )
+    total = reduced(losses, target, "sum", members.first)
+    if count is None:
+        return total
+    return torch.where(count > 0, total, float("nan"))
 
 
 def _averaged(each: Tensor, weights: Tensor | None, group) -> Tensor:
