@@ -782,37 +782,6 @@ def _(x, y, a, b, f, g, cost, epsilons, rho_a, rho_b, momentum, max_iterations, 
         x.new_empty((batch,), dtype=torch.int64),
         x.new_empty((batch,)),
         x.new_empty((batch,), dtype=torch.bool),
-# ---- sinkhorn.newton_sparse --------------------------------------------------------------------------
-
-# All in float64. values (batch, n, keep) and index, int64: the largest entries of each row of the plan; p (batch,
-# n) and q (batch, m) its sums; ra and rb the right-hand side.
-
-
-@op(
-    "sinkhorn.newton_sparse",
-    "sinkhorn_newton_pass(Tensor cost, Tensor a, Tensor b, Tensor f, Tensor g, float epsilon, int keep)"
-    " -> (Tensor row_sum, Tensor column_sum, Tensor values, Tensor index)",
-)
-def _(cost, a, b, f, g, epsilon, keep):
-    batch, n, m = cost.shape
-    return (
-        cost.new_empty((batch, n)),
-        cost.new_empty((batch, m)),
-        cost.new_empty((batch, n, keep)),
-        cost.new_empty((batch, n, keep), dtype=torch.int64),
-# ---- sinkhorn.scaling --------------------------------------------------------------------------------
-
-
-@op(
-    "sinkhorn.scaling",
-    "scaling_solve(Tensor logits, Tensor weight, Tensor log_target, Tensor? g, float scale, int steps,"
-    " float tolerance) -> (Tensor g, Tensor sums, Tensor steps)",
-)
-def _(logits, weight, log_target, g, scale, steps, tolerance):
-    return (
-        log_target.new_empty(log_target.shape),
-        log_target.new_empty(log_target.shape),
-        log_target.new_empty((log_target.shape[0],), dtype=torch.int64),
     )
 
 
@@ -869,6 +838,30 @@ def _(logits, iterations, kind, rows, eps):
 )
 def _(grad, logits, iterations, kind, rows, eps):
     return logits.new_empty(logits.shape)
+
+
+# ---- sinkhorn.newton_sparse --------------------------------------------------------------------------
+
+# All in float64. values (batch, n, keep) and index, int64: the largest entries of each row of the plan; p (batch,
+# n) and q (batch, m) its sums; ra and rb the right-hand side.
+
+
+@op(
+    "sinkhorn.newton_sparse",
+    "sinkhorn_newton_pass(Tensor cost, Tensor a, Tensor b, Tensor f, Tensor g, float epsilon, int keep)"
+    " -> (Tensor row_sum, Tensor column_sum, Tensor values, Tensor index)",
+)
+def _(cost, a, b, f, g, epsilon, keep):
+    batch, n, m = cost.shape
+    return (
+        cost.new_empty((batch, n)),
+        cost.new_empty((batch, m)),
+        cost.new_empty((batch, n, keep)),
+        cost.new_empty((batch, n, keep), dtype=torch.int64),
+    )
+
+
+@op(
     "sinkhorn.newton_sparse",
     "sinkhorn_newton_solve(Tensor values, Tensor index, Tensor p, Tensor q, Tensor ra, Tensor rb,"
     " float shift, float tolerance, int max_iterations) -> (Tensor x, Tensor y, Tensor iterations)",
@@ -878,6 +871,26 @@ def _(values, index, p, q, ra, rb, shift, tolerance, max_iterations):
         values.new_empty(p.shape),
         values.new_empty(q.shape),
         values.new_empty(p.shape[:1], dtype=torch.int64),
+    )
+
+
+# ---- sinkhorn.scaling --------------------------------------------------------------------------------
+
+
+@op(
+    "sinkhorn.scaling",
+    "scaling_solve(Tensor logits, Tensor weight, Tensor log_target, Tensor? g, float scale, int steps,"
+    " float tolerance) -> (Tensor g, Tensor sums, Tensor steps)",
+)
+def _(logits, weight, log_target, g, scale, steps, tolerance):
+    return (
+        log_target.new_empty(log_target.shape),
+        log_target.new_empty(log_target.shape),
+        log_target.new_empty((log_target.shape[0],), dtype=torch.int64),
+    )
+
+
+@op(
     "sinkhorn.scaling",
     "scaling_assign(Tensor logits, Tensor weight, Tensor g, float scale) -> Tensor",
 )

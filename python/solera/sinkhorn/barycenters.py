@@ -18,7 +18,8 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
-from .dense import _count, sinkhorn
+from .dense import sinkhorn
+from .dense_arguments import count as _count
 
 
 def _mixture(weights: Tensor | None, count: int, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
-from .dense import _count
+from .dense_arguments import count as _count
 
 
 def kmeans_assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:

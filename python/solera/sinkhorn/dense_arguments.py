@@ -22,7 +22,7 @@ TOTALS = {
 
 
 def weights(
-    name: str, value: Tensor | None, count: int, cost: Tensor, valid: Tensor | None
+    name: str, value: Tensor | None, count: int, cost: Tensor, valid: Tensor | None = None
 ) -> Tensor:
     """A marginal as (batch..., count) in the dtype that is computed in; uniform for None, 0 in the padding."""
     batch = cost.shape[:-2]

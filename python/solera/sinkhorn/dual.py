@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from .. import _check
-from .dense import _count, _potential, _weights
+from .dense_arguments import count as _count
+from .dense_arguments import weights as _weights
+from .dense_reference import _potential
 
 
 def _arguments(cost, g, b, epsilon):

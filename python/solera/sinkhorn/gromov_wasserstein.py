@@ -9,7 +9,9 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
-from .dense import _count, _weights, sinkhorn
+from .dense import sinkhorn
+from .dense_arguments import count as _count
+from .dense_arguments import weights as _weights
 
 
 @dataclass(frozen=True)

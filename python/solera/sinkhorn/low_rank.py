@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
-from .dense import _count, _weights
+from .dense_arguments import count as _count
+from .dense_arguments import weights as _weights
 
 
 def squared_distance_factors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

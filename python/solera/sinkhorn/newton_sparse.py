@@ -55,7 +55,10 @@ from torch.utils import _pytree
 from .. import _check
 from .._registry import reference
 from .._route import use_reference
-from .dense import _TOTALS, _count, _weights, sinkhorn
+from .dense import sinkhorn
+from .dense_arguments import TOTALS as _TOTALS
+from .dense_arguments import count as _count
+from .dense_arguments import weights as _weights
 from .plan import kernel_matrix, transforms_active
 from .result import SinkhornResult
 

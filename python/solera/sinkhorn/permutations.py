@@ -10,15 +10,8 @@ from torch import Tensor
 from .. import _check
 from .._registry import accumulate_type
 from .dense import sinkhorn
+from .dense_arguments import count as _count
 from .small import MOST, sinkhorn_normalize
-
-
-def _count(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value
 
 
 def _positive(name: str, value: object) -> float:

@@ -13,13 +13,14 @@ from torch.utils import _pytree
 
 from .. import _check
 from .._registry import accumulate_type
+from .dense_arguments import TOTALS as _TOTALS
+from .dense_arguments import count as _count
 from .plan import transforms_active, transport_plan
 from .streaming import points_softmin, solve_points
 from .streaming_apply import COSTS, apply_density, cost_matrix
 
 _NAMES_OF_COSTS = (*COSTS, "cosine")
 _EXPONENT = {"sqeuclidean": 2, "half_sqeuclidean": 2}  # p of a length's cost; 1 for the others
-_TOTALS = {torch.float64: 1e-8, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}
 
 
 @dataclass(frozen=True)
@@ -267,13 +268,6 @@ def _initial(init: Any, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | N
         flat = init[k].detach().to(accumulate_type(x))
         out.append(flat.reshape(math.prod(points.shape[:-2]), points.shape[-2]))
     return out[0], out[1]
-
-
-def _count(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def check_values(x: Tensor, y: Tensor, a: Tensor, b: Tensor, kinds: list, balanced: bool) -> None:
