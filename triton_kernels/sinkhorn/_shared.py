@@ -106,7 +106,7 @@ def _row_settings(settings, GENERAL: tl.constexpr):
 def _bound(lengths, at, most):
     """A length given by the caller, held inside the padded problem."""
     given = tl.load(lengths + at)
-    return tl.minimum(tl.maximum(given, 0), most).to(tl.int32)
+    return tl.minimum(tl.maximum(given, 0), most)
 
 
 @triton.jit
@@ -122,8 +122,8 @@ def sinkhorn_prepare_kernel(
     rows = n
     columns = m
     if RAGGED:
-        rows = _bound(lengths, 2 * item, n)
-        columns = _bound(lengths, 2 * item + 1, m)
+        rows = _bound(lengths, 2 * item, n).to(tl.int32)
+        columns = _bound(lengths, 2 * item + 1, m).to(tl.int32)
     kappa = tl.load(kappa_at)
     lane = tl.arange(0, C)
     wrong = 0
