@@ -29,7 +29,7 @@ def clouds(batch, n, m, d, count, dtype=torch.float32, grad=False):
     return [t.requires_grad_(grad) for t in (x, y, directions(batch, count, d, dtype=dtype))]
 
 
-SIZES = [(1, 1, 1), (3, 5, 2), (1, 70, 3)] + ([] if INTERPRETED else [(2, 70, 20), (1, 300, 3)])
+SIZES = [(1, 1, 1), (1, 70, 2)] + ([] if INTERPRETED else [(3, 5, 2), (2, 70, 20), (1, 300, 3)])
 
 
 @pytest.mark.parametrize("p", [1, 2, 3])
@@ -49,6 +49,7 @@ def test_against_float64(batch, n, count, dtype, p):
     torch.testing.assert_close(sliced_wasserstein(x, y, theta, p, reduction="none").mean(-1), value)
 
 
+@pytest.mark.no_interpreter
 @pytest.mark.parametrize("n, m", [(8, 8), (12, 7), (1, 6), (9, 6)])
 @pytest.mark.parametrize("p", [1, 2, 1.5])
 def test_against_pot(n, m, p):
@@ -71,15 +72,18 @@ def test_against_pot(n, m, p):
 @pytest.mark.parametrize("p", [2, 3])
 @pytest.mark.parametrize("n, m", [(5, 5), (4, 6)])
 def test_gradcheck_and_gradgradcheck(n, m, p):
-    x, y, theta = clouds(2, n, m, 3, 4, torch.float64, grad=True)
+    x, y, theta = clouds(1 if INTERPRETED else 2, n, m, 3, 4, torch.float64, grad=True)
     f = lambda x, y, t: sliced_wasserstein(x, y, t, p)
     assert torch.autograd.gradcheck(f, (x, y, theta))
     assert torch.autograd.gradgradcheck(f, (x, y, theta))
+    if INTERPRETED:
+        return
     shared = directions(4, 3, dtype=torch.float64).requires_grad_()
     each = lambda x, y, t: sliced_wasserstein(x, y, t, p, reduction="none")
     assert torch.autograd.gradcheck(each, (x, y, shared))
 
 
+@pytest.mark.no_interpreter
 def test_weights():
     x, y, theta = clouds(2, 6, 9, 3, 4, torch.float64, grad=True)
     a, b = torch.rand(2, 6, dtype=torch.float64) + 0.2, torch.rand(2, 9, dtype=torch.float64) + 0.2
@@ -174,6 +178,7 @@ def test_compile_aot_eager():
         )
 
 
+@pytest.mark.no_interpreter
 def test_torch_func():
     x, y, theta = clouds(3, 7, 7, 3, 5, torch.float64)
     f = lambda x, y, t: sliced_wasserstein(x, y, t)
@@ -186,6 +191,7 @@ def test_torch_func():
 # ---- directions --------------------------------------------------------------------------------------
 
 
+@pytest.mark.no_interpreter
 @pytest.mark.parametrize("d", [2, 3, 8])
 @pytest.mark.parametrize("kappa", [0.5, 20.0])
 def test_vmf_moments(d, kappa):
@@ -203,6 +209,7 @@ def test_vmf_moments(d, kappa):
     assert across.mean(0).norm() < 0.03
 
 
+@pytest.mark.no_interpreter
 def test_vmf_3d_is_the_closed_form_and_reflects():
     mu = directions(4, 3, dtype=torch.float64)
     kappa = torch.tensor([0.1, 1.0, 10.0, 500.0], dtype=torch.float64, device=DEVICE)
@@ -220,6 +227,7 @@ def test_vmf_3d_is_the_closed_form_and_reflects():
     assert torch.isfinite(torch.autograd.grad(at_pole.sum(), pole)[0]).all()
 
 
+@pytest.mark.no_interpreter
 def test_vmf_gradients():
     mu = randn(2, 3, dtype=torch.float64, grad=True)
     kappa = torch.tensor([0.7, 4.0], dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -231,6 +239,7 @@ def test_vmf_gradients():
     assert torch.autograd.gradcheck(lambda m: f(m, 3.0), (wide,))
 
 
+@pytest.mark.no_interpreter
 def test_self_attention_amortized_projection():
     """The paper's mu by its formula, and its two steps: ascend in the attention, descend in the clouds."""
     module = SelfAttentionProjection(3, 8).double().to(DEVICE)

@@ -256,9 +256,9 @@ def scaling_backward_kernel(
 
 
 def _tiles(k: int) -> tuple[int, int]:
-    """Rows and columns of a tile of 2048 elements, half of that for many narrow rows (which spill)."""
+    """Rows and columns of a tile of 2048 elements, a quarter of that for many narrow rows (which spill)."""
     columns = min(128, max(4, triton.next_power_of_2(k)))
-    return (2048 if columns >= 32 else 1024) // columns, columns
+    return (2048 if columns >= 32 else 512) // columns, columns
 
 
 def _scale(logits: torch.Tensor, weight: torch.Tensor, scale: float) -> torch.Tensor:
