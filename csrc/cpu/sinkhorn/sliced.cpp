@@ -37,7 +37,7 @@ const SlicedTables sliced_tables = {
 #ifdef SOLERA_FRONT
 #include <algorithm>
 
-#include "../norm/tile_product.h"
+#include "../tile_product.h"
 #include "../parallel.h"
 
 namespace solera {
