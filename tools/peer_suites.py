@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """Runs other packages' own tests with Solera's functions in the place of theirs, and prints a table.
 
-    python tools/peer_suites.py pot                    tests from POT's source distribution (pip downloads it)
-    python tools/peer_suites.py pot --tests FOLDER     tests from an unpacked one or a checkout
-    python tools/peer_suites.py geomloss
+    python tools/peer_suites.py geomloss               tests from its source distribution, which pip downloads
+    python tools/peer_suites.py pot --tests FOLDER     tests from a checkout's `test` folder: POT's source
+                                                       distribution lacks the conftest.py that they need
 
 Every file is run twice, with the peer's own code and with tools/peers/<peer>.py loaded; a line tells how many tests
 passed in each and how many calls were redirected. docs/peer_suites.md keeps the result and says why what fails, fails.
@@ -48,7 +48,12 @@ def source_tests(package: str, folder: Path) -> Path:
     with tarfile.open(archive) as tar:
         tar.extractall(folder, filter="data")
     root = next(p for p in folder.iterdir() if p.is_dir())
-    return next(root / name for name in ("test", "tests") if (root / name).is_dir())
+    tests = next(root / name for name in ("test", "tests") if (root / name).is_dir())
+    if package == "POT" and not (tests / "conftest.py").exists():
+        sys.exit(
+            "POT's source distribution has no conftest.py: give --tests the `test` folder of a checkout"
+        )
+    return tests
 
 
 def run(

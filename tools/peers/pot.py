@@ -203,7 +203,6 @@ def barycenter_sinkhorn(
             _torch(A_).mT, _torch(M_), weights=None if weights is None else _torch(weights),
             epsilon=reg, max_iterations=int(numItermax), tolerance=float(stopThr) * 1e-2,
         )  # fmt: skip
-    found = getattr(found, "histogram", found)
     result = _like(found, nx, A_)
     return (result, {"err": [0.0], "niter": int(numItermax)}) if log else result
 
@@ -245,9 +244,9 @@ def sliced_wasserstein_distance(
     original, X_s, X_t, a=None, b=None, n_projections=50, p=2, projections=None, seed=None,
     log=False, scaler=None,
 ):  # fmt: skip
-    """Left to POT: weights of one's own, clouds of different sizes, scalers."""
+    """Left to POT: scalers, and clouds of different dimensions (its error is tested)."""
     x, y = list_to_array(X_s, X_t)
-    if scaler is not None or a is not None or b is not None or x.shape != y.shape:
+    if scaler is not None or x.shape[1] != y.shape[1]:
         return NotImplemented
     nx = get_backend(x, y, projections)
     if projections is None:
@@ -255,7 +254,16 @@ def sliced_wasserstein_distance(
             x.shape[1], n_projections, seed, backend=nx, type_as=x
         )
     directions = _torch(projections).mT.contiguous()
-    each = solera.sliced_wasserstein(_torch(x), _torch(y), directions, p, reduction="none")
+    weights = [None if w is None else _torch(w) for w in (a, b)]
+    each = solera.sliced_wasserstein(
+        _torch(x),
+        _torch(y),
+        directions,
+        p,
+        reduction="none",
+        x_weights=weights[0],
+        y_weights=weights[1],
+    )
     result = _like(each.mean() ** (1.0 / p), nx, x)
     return (
         (result, {"projections": projections, "projected_emds": _like(each, nx, x)})

@@ -44,7 +44,9 @@ Sparse, Symmetric, Diagonally Dominant Linear Systems", 1996.
 
 from __future__ import annotations
 
+import functools
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -351,7 +353,19 @@ _pytree.register_pytree_node(
 )
 
 
-@torch.compiler.disable
+def _outside_graphs(function: Callable[..., NewtonResult]) -> Callable[..., NewtonResult]:
+    """`torch.compiler.disable`, asked for at a compiled call: as a decorator it would import torch's compiler here."""
+
+    @functools.wraps(function)
+    def call(*args: Any, **options: Any) -> NewtonResult:
+        if torch.compiler.is_compiling():
+            return torch.compiler.disable(function)(*args, **options)
+        return function(*args, **options)
+
+    return call
+
+
+@_outside_graphs
 def sinkhorn_newton_sparse(
     cost: Tensor,
     a: Tensor | None = None,
