@@ -26,6 +26,7 @@ MODULES = (
     "style_statistics",
     "cascade",
     "tabm_training",
+    "uncertainty",
 )
 COLUMNS = ["", "Solera", "plain torch"]
 
