@@ -29,6 +29,7 @@ MODULES = (
     "point_matching",
     "generative_points",
     "digit_distances",
+    "uncertainty",
 )
 COLUMNS = ["", "Solera", "plain torch"]
 

@@ -202,6 +202,17 @@ def test_a_row_has_the_same_bits_in_every_batch_and_ensemble(dtype):
 
 
 @pytest.mark.no_interpreter
+@pytest.mark.parametrize("widths", [(48, 64, 10), (9, 10, 20, 64, 3)], ids=str)
+def test_what_is_kept_for_backward_changes_no_bit(widths):
+    tensors = make(700, 3, widths, torch.float32)
+    kept = network(tensors, "relu", None)
+    with torch.no_grad():
+        alone = network(tensors, "relu", None)
+        part = network([tensors[0][:5], *tensors[1:]], "relu", None)
+    assert kept.requires_grad and torch.equal(kept, alone) and torch.equal(part, alone[:5])
+
+
+@pytest.mark.no_interpreter
 @pytest.mark.parametrize("reduce", [None, "mean"])
 @pytest.mark.parametrize("case", [(5, 6, (70, 50, 3)), (1100, 3, (24, 40, 10))], ids=str)
 def test_same_bits_for_any_thread_count(case, reduce):

@@ -199,6 +199,15 @@ def test_same_bits_for_any_thread_count():
     assert all(torch.equal(a, b[5:9]) for a, b in zip(part, results[0][:2]))
 
 
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("width", [8, 64, 72, 300])
+def test_rows_of_any_width_follow_their_indices(width):
+    for scale in (0.1, 2.0, 6.0):  # from one or two offspring each to hundreds of one particle
+        x = randn(700, width)
+        got = smc_resample(randn(700) * scale, x, u=0.6)
+        assert torch.equal(got.particles, x[got.indices])
+
+
 @given(
     count=st.integers(0, 40),
     scale=st.sampled_from([1e-6, 1.0, 30.0, 1e4]),

@@ -13,132 +13,10 @@
 //
 // Sums over the batch run tile by tile and piece by piece, over members group by group, all fixed
 // by the shapes, never by the threads.
-#include "tiles.h"
-
-#include "../activation.h"
-#include "../strips.h"
-#include "lanes.h"
+#include "mlp_rows.h"
 
 namespace solera {
-
-struct MlpTable {
-  // h = act(tile + bias) in place; z (gelu, silu) or h also as `saved`. bias, saved may be null.
-  void (*finish)(void* tile, const void* bias, void* saved, int64_t rows, int64_t width,
-                 int activation);
-  // tile *= act'(saved) in place; db += its column sums. saved, db may be null.
-  void (*delta)(void* tile, const void* saved, void* db, int64_t rows, int64_t width,
-                int activation);
-  void (*revive)(const void* saved, void* tile, int64_t n, int activation);
-  // Rows `step` apart as a dense tile, times `scale`; rows up to `padded` are zero.
-  void (*gather)(const void* from, int64_t step, void* tile, int64_t rows, int64_t padded,
-                 int64_t width, double scale);
-  void (*scatter)(const void* tile, void* to, int64_t step, int64_t rows, int64_t width);
-  // sum (+)= scale * tile
-  void (*blend)(const void* tile, void* sum, int64_t n, double scale, bool first);
-};
-// By Dtype, and last bfloat16 with bfloat16 tiles.
-struct MlpTables {
-  MlpTable of[5];
-};
-
 namespace SOLERA_ISA {
-namespace {
-
-template <class T, class C>
-struct Mlp {
-  typedef A<T> Real;
-  typedef AccVec<T> V;
-
-  template <int kActivation>
-  static void finish_as(C* tile, const Real* bias, T* saved, int64_t rows, int64_t width) {
-    for (int64_t j = 0; j < rows; ++j, tile += width) {
-      strips<kLanes<T>>(width, [&](int64_t i, int c) {
-        V z = lanes_of(tile + i, c);
-        if (bias) z += lanes_of(bias + i, c);
-        V h = activate(z, kActivation);
-        set_lanes(tile + i, h, c);
-        if (saved) set_lanes(saved + j * width + i, kActivation >= kGelu ? z : h, c);
-      });
-    }
-  }
-  static void finish(void* tile, const void* bias, void* saved, int64_t rows, int64_t width,
-                     int activation) {
-    C* t = (C*)tile;
-    const Real* b = (const Real*)bias;
-    T* s = (T*)saved;
-    if (activation == kRelu) return finish_as<kRelu>(t, b, s, rows, width);
-    if (activation == kGelu) return finish_as<kGelu>(t, b, s, rows, width);
-    if (activation == kSilu) return finish_as<kSilu>(t, b, s, rows, width);
-    if (b || s) finish_as<kNone>(t, b, s, rows, width);
-  }
-
-  template <int kActivation>
-  static void delta_as(C* tile, const T* saved, Real* db, int64_t rows, int64_t width) {
-    constexpr int64_t kRows = 32;  // summed in registers before they join db
-    for (int64_t first = 0; first < rows; first += kRows) {
-      const int64_t last = first + kRows < rows ? first + kRows : rows;
-      strips<kLanes<T>>(width, [&](int64_t i, int c) {
-        V sum{};
-        for (int64_t j = first; j < last; ++j) {
-          V g = lanes_of(tile + j * width + i, c);
-          if (kActivation != kNone) {
-            g = slope(g, lanes_of(saved + j * width + i, c), kActivation);
-            set_lanes(tile + j * width + i, g, c);
-          }
-          sum += g;
-        }
-        if (db) set_lanes(db + i, lanes_of(db + i, c) + sum, c);
-      });
-    }
-  }
-  static void delta(void* tile, const void* saved, void* db, int64_t rows, int64_t width,
-                    int activation) {
-    C* t = (C*)tile;
-    const T* s = (const T*)saved;
-    Real* d = (Real*)db;
-    if (activation == kRelu) return delta_as<kRelu>(t, s, d, rows, width);
-    if (activation == kGelu) return delta_as<kGelu>(t, s, d, rows, width);
-    if (activation == kSilu) return delta_as<kSilu>(t, s, d, rows, width);
-    if (d) delta_as<kNone>(t, s, d, rows, width);
-  }
-
-  static void revive(const void* saved, void* tile, int64_t n, int activation) {
-    strips<kLanes<T>>(n, [&](int64_t i, int c) {
-      V v = lanes_of((const T*)saved + i, c);
-      set_lanes((C*)tile + i, activation >= kGelu ? activate(v, activation) : v, c);
-    });
-  }
-  static void gather(const void* from, int64_t step, void* tile, int64_t rows, int64_t padded,
-                     int64_t width, double scale) {
-    C* to = (C*)tile;
-    for (int64_t j = 0; j < rows; ++j, to += width) {
-      const T* row = (const T*)from + j * step;
-      strips<kLanes<T>>(width, [&](int64_t i, int c) {
-        set_lanes(to + i, lanes_of(row + i, c) * Real(scale), c);
-      });
-    }
-    memset((void*)to, 0, size_t((padded - rows) * width) * sizeof(C));
-  }
-  static void scatter(const void* tile, void* to, int64_t step, int64_t rows, int64_t width) {
-    const C* from = (const C*)tile;
-    for (int64_t j = 0; j < rows; ++j, from += width) {
-      T* row = (T*)to + j * step;
-      strips<kLanes<T>>(width,
-                        [&](int64_t i, int c) { set_lanes(row + i, lanes_of(from + i, c), c); });
-    }
-  }
-  static void blend(const void* tile, void* sum, int64_t n, double scale, bool first) {
-    Real* to = (Real*)sum;
-    strips<kLanes<T>>(n, [&](int64_t i, int c) {
-      V v = lanes_of((const C*)tile + i, c) * Real(scale);
-      set_lanes(to + i, first ? v : lanes_of(to + i, c) + v, c);
-    });
-  }
-
-  static constexpr MlpTable table() { return {finish, delta, revive, gather, scatter, blend}; }
-};
-
-}  // namespace
 
 extern const MlpTables mlp_tables;
 const MlpTables mlp_tables = {{
@@ -192,7 +70,8 @@ struct MlpPlan {
     for (const Tensor& w : weights_in) {
       weights.push_back(as(w, e.tile));
       widths.push_back(w.size(out_first ? 1 : 2));
-      if (widths.back() > widest) widest = widths.back();
+      const int64_t step = product_width(int64_t(weights.size()) - 1);
+      if (step > widest) widest = step;
     }
     const int64_t fit = kMlpTile / (widest > 0 ? widest : 1);
     rows = fit >= kMlpRows ? kMlpRows : fit < 64 ? 64 : fit / kRowQuantum * kRowQuantum;
@@ -216,19 +95,35 @@ struct MlpPlan {
     const int64_t n = widths[layer] * widths[layer + 1];
     return e.at(const_cast<void*>(weights[layer].const_data_ptr()), k * n);
   }
+  // Libraries take as long over ten columns as over 64: narrow layers are multiplied with columns
+  // of zeros up to the next sixteen, whatever the number of rows, so that a row's bits do not
+  // depend on it.
+  bool widens(int64_t layer) const {
+    return !e.fixed && widths[layer + 1] < 64 && widths[layer + 1] % 16 != 0;
+  }
+  int64_t product_width(int64_t layer) const {
+    return widens(layer) ? round_up(widths[layer + 1], 16) : widths[layer + 1];
+  }
   // Rows from which a product with a transposed copy of W is faster by more than the copy; its bits
   // are the same.
   bool turns() const { return out_first && rows >= 64 && !e.fixed; }
-  int64_t turned_size() const {
+  bool copies(int64_t layer) const { return turns() || widens(layer); }
+  int64_t copies_size() const {
     int64_t n = 0;
-    for (int64_t l = 0; turns() && l < layers; ++l) n += widths[l] * widths[l + 1];
+    for (int64_t l = 0; l < layers; ++l)
+      if (copies(l)) n += widths[l] * product_width(l);
     return n;
   }
-  void turn(int64_t k, void* to) const {
-    for (int64_t l = 0; turns() && l < layers; ++l) {
-      const int64_t in = widths[l], out = widths[l + 1];
-      e.run.transpose(matrix(l, k), to, out, in, 0, ceil_div(out, 16));
-      to = e.at(to, in * out);
+  // Member k's copies of W as (I, product_width), one after another.
+  void copy(int64_t k, void* to) const {
+    for (int64_t l = 0; l < layers; ++l) {
+      if (!copies(l)) continue;
+      const int64_t in = widths[l], out = widths[l + 1], step = product_width(l);
+      if (out_first && step == out)
+        e.run.transpose(matrix(l, k), to, out, in, 0, ceil_div(out, 16));
+      else
+        run.widen(matrix(l, k), to, in, out, step, out_first);
+      to = e.at(to, in * step);
     }
   }
   // W of a layer as (I, O), for forward, or as (O, I), for the way back.
@@ -270,7 +165,7 @@ std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weigh
   const void* xp = x.const_data_ptr();
   parallel_for(0, groups * n.tiles, 1, [&](int64_t first, int64_t end) {
     Tensor one = e.scratch(x, n.scratch_size()), two = e.scratch(x, n.scratch_size());
-    Tensor turned = e.scratch(x, n.turned_size());
+    Tensor copies = e.scratch(x, n.copies_size());
     int64_t ready = -1;  // the member whose transposed weights are there
     for (int64_t t = first; t < end; ++t) {
       const int64_t group = t / n.tiles, begin = t % n.tiles * n.rows;
@@ -281,24 +176,28 @@ std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weigh
       for (int64_t k = from; k < from + of_group && k < n.members; ++k) {
         void *here = one.mutable_data_ptr(), *next = two.mutable_data_ptr();
         Matrix left = n.input(xp, k, begin, count, padded, here);
-        if (ready != k) n.turn(k, turned.mutable_data_ptr());
+        if (ready != k) n.copy(k, copies.mutable_data_ptr());
         ready = k;
-        void* w = turned.mutable_data_ptr();
+        void* w = copies.mutable_data_ptr();
         for (int64_t l = 0; l < n.layers; ++l) {
           const int64_t width = n.widths[l + 1], row = k * n.items + begin;
-          const int64_t in = n.widths[l];
-          e.product({next, width}, left,
-                    n.turns() ? Matrix{w, in, width, width, 1} : n.right(l, k, false));
-          w = e.at(w, in * width);
+          const int64_t in = n.widths[l], step = n.product_width(l);
           const void* bias =
               biases.empty() ? nullptr
                              : e.at_real(const_cast<void*>(biases[l].const_data_ptr()), k * width);
           void* keep = save && n.keeps(l)
                            ? static_cast<char*>(saved[l].mutable_data_ptr()) + row * width * e.size
                            : nullptr;
-          n.run.finish(next, bias, keep, count, width, int(n.activations[l]));
-          left = {next, padded, width, width, 1};
-          std::swap(here, next);
+          // What is kept is what the next layer reads: multiplied and finished where it stays.
+          const bool stays = keep && l < n.last() && e.stored_as_tile && n.activations[l] < 2 &&
+                             count == padded && step == width;
+          void* to = stays ? keep : next;
+          e.product({to, step}, left,
+                    n.copies(l) ? Matrix{w, in, step, step, 1} : n.right(l, k, false));
+          if (n.copies(l)) w = e.at(w, in * step);
+          n.run.finish(to, step, bias, stays ? nullptr : keep, count, width, int(n.activations[l]));
+          left = {to, padded, width, width, 1};
+          if (!stays) std::swap(here, next);
         }
         if (sums)
           n.run.blend(here, sum, count * n.out(), n.weight_of(k), k == from);

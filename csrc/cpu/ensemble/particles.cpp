@@ -208,6 +208,7 @@ ResampleChunk weigh(const Resample& p, int64_t begin, int64_t end) {
 template <class T>
 void count(const Resample& p, int64_t begin, int64_t end, double before, double behind) {
   typedef A<T> S;
+  constexpr int64_t kBlock = 256, kSlots = 4;
   S* weights = (S*)p.weights;
   S* after = (S*)p.after;
   const S inverse = S(1 / p.total);
@@ -222,39 +223,89 @@ void count(const Resample& p, int64_t begin, int64_t end, double before, double 
   const double scale = double(p.count) / p.total;
   const auto ends = [&](double sum) {
     const double n = __builtin_ceil(sum * scale - p.u);
-    return n < 0 ? int64_t(0) : (n > double(p.count) ? p.count : int64_t(n));
+    return n < 0 ? 0.0 : (n > double(p.count) ? double(p.count) : n);
   };
-  int64_t k = begin == 0 ? 0 : ends(before);
-  const int64_t last = end == p.count ? p.count : ends(behind);
-  double sum = before;
-  for (int64_t i = begin; i < end; ++i) {
-    sum += double(weights[i]);
-    weights[i] *= inverse;
-    after[i] = 0;
-    const int64_t stop = i + 1 == end ? last : ends(sum);
-    const int64_t bounded = stop < last ? stop : last;
-    for (; k < bounded; ++k) p.indices[k] = i;
+  int64_t k = begin == 0 ? 0 : int64_t(ends(before));
+  const int64_t last = end == p.count ? p.count : int64_t(ends(behind));
+  double sum = before, stops[kBlock];
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t n = end - first < kBlock ? end - first : kBlock;
+    S* w = weights + first;
+    for (int64_t i = 0; i < n; ++i) stops[i] = sum += double(w[i]);
+    for (int64_t i = 0; i < n; ++i) stops[i] = ends(stops[i]);
+    for (int64_t i = 0; i < n; ++i) {
+      w[i] *= inverse;
+      after[first + i] = 0;
+    }
+    if (first + n == end) stops[n - 1] = double(last);
+    for (int64_t i = 0; i < n; ++i) {
+      const int64_t bounded = int64_t(stops[i]) < last ? int64_t(stops[i]) : last;
+      // Most have at most kSlots: written without asking how many, and overwritten by those after.
+      if (k + kSlots <= last)
+        for (int64_t j = 0; j < kSlots; ++j) p.indices[k + j] = first + i;
+      else
+        for (int64_t j = k; j < bounded; ++j) p.indices[j] = first + i;
+      for (int64_t j = k + kSlots; j < bounded; ++j) p.indices[j] = first + i;
+      k = bounded;
+    }
   }
+}
+
+// Copies row `from` to `times` rows at `to`, which are one after another.
+template <bool kStream>
+SOLERA_INLINE void copy_row(const char* from, char* to, int64_t row_bytes, int64_t times) {
+  constexpr int64_t kBytes = SOLERA_VECTOR_BYTES, kPiece = 256;
+  if (!kStream) {
+    for (; times > 0; --times, to += row_bytes) memcpy(to, from, size_t(row_bytes));
+    return;
+  }
+  int64_t at = 0;
+  for (; at + kPiece <= row_bytes; at += kPiece) {
+    vf piece[kPiece / kBytes];
+    for (int64_t j = 0; j < kPiece / kBytes; ++j)
+      piece[j] = load((const float*)(from + at + j * kBytes));
+    char* there = to + at;
+    for (int64_t c = 0; c < times; ++c, there += row_bytes)
+      for (int64_t j = 0; j < kPiece / kBytes; ++j) stream((float*)(there + j * kBytes), piece[j]);
+  }
+  for (; at < row_bytes; at += kBytes) {
+    const vf piece = load((const float*)(from + at));
+    for (int64_t c = 0; c < times; ++c) stream((float*)(to + c * row_bytes + at), piece);
+  }
+}
+
+// Indices ascend, so x is read in order with gaps. The gaps keep the processor from seeing a
+// stream; short ones are therefore prefetched with the rows around them.
+template <bool kStream>
+void gather_rows(const char* x, char* y, const int64_t* indices, int64_t row_bytes, int64_t begin,
+                 int64_t end) {
+  constexpr int64_t kAhead = 16, kGap = 4, kMost = 1024;
+  const int64_t near = row_bytes < kMost ? row_bytes : kMost;
+  int64_t seen = begin, next = indices[begin];
+  for (int64_t k = begin; k < end;) {
+    for (; seen < k + kAhead && seen < end; ++seen) {
+      const int64_t row = indices[seen];
+      if (row - next > kGap) next = row;
+      for (; next <= row; ++next)
+        for (int64_t j = 0; j < near; j += 64) __builtin_prefetch(x + next * row_bytes + j);
+    }
+    const int64_t row = indices[k];
+    int64_t stop = k + 1;
+    while (stop < end && indices[stop] == row) ++stop;
+    copy_row<kStream>(x + row * row_bytes, y + k * row_bytes, row_bytes, stop - k);
+    k = stop;
+  }
+  if (kStream) stream_fence();
 }
 
 void gather(const char* x, char* y, const int64_t* indices, int64_t row_bytes, int64_t begin,
             int64_t end) {
   constexpr int64_t kBytes = SOLERA_VECTOR_BYTES;
-  const bool whole = row_bytes % kBytes == 0 && uintptr_t(y) % kBytes == 0;
-  for (int64_t k = begin; k < end; ++k) {
-    const char* from = x + indices[k] * row_bytes;
-    char* to = y + k * row_bytes;
-    if (k + 8 < end) {
-      const char* ahead = x + indices[k + 8] * row_bytes;
-      for (int64_t j = 0; j < row_bytes && j < 1024; j += 64) __builtin_prefetch(ahead + j);
-    }
-    if (whole)
-      for (int64_t j = 0; j < row_bytes; j += kBytes)
-        stream((float*)(to + j), load((const float*)(from + j)));
-    else
-      memcpy(to, from, size_t(row_bytes));
-  }
-  if (whole) stream_fence();
+  if (begin == end || row_bytes == 0) return;
+  if (row_bytes % kBytes == 0 && uintptr_t(y) % kBytes == 0)
+    gather_rows<true>(x, y, indices, row_bytes, begin, end);
+  else
+    gather_rows<false>(x, y, indices, row_bytes, begin, end);
 }
 
 }  // namespace
