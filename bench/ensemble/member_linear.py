@@ -23,6 +23,7 @@ def specs(device: str) -> Iterator[Spec]:
     for dtype in (torch.float32, torch.bfloat16):
         for shape in (main, (1, 32, 512, 512)):
             yield _spec(device, dtype, shape, True, {}, quick=False)
+    yield _spec(device, torch.float32, (256, 32, 512, 10), True, {}, quick=False)
 
 
 def _spec(device, dtype, shape, backward, targets, quick) -> Spec:

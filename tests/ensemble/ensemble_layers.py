@@ -158,8 +158,8 @@ def check_strides(separate):
     assert torch.equal(a, c)
 
 
-def check_rows_in_every_batch(separate, dtype):
-    tensors = [t.detach() for t in make((256, 8, 96, 80), dtype, separate=separate)]
+def check_rows_in_every_batch(separate, dtype, columns=80):
+    tensors = [t.detach() for t in make((256, 8, 96, columns), dtype, separate=separate)]
     full = ours(*tensors, "gelu")
     for batch in (1, 7, 255):
         assert torch.equal(ours(tensors[0][:batch], *tensors[1:], "gelu"), full[:batch]), batch

@@ -53,12 +53,15 @@ def test_strided_and_expanded_input():
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_row_has_the_same_bits_in_every_batch(dtype):
-    layers.check_rows_in_every_batch(True, dtype)
+    for columns in (80, 10, 1):
+        layers.check_rows_in_every_batch(True, dtype, columns)
 
 
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 16, 16), (5, 6, 70, 50), (100, 5, 600, 300), (20, 2, 2100, 1100)], ids=str
+    "shape",
+    [(1, 2, 16, 16), (5, 6, 70, 50), (1100, 3, 40, 10), (100, 5, 600, 300), (20, 2, 2100, 1100)],
+    ids=str,
 )
 def test_same_bits_for_any_thread_count(shape):
     layers.check_thread_counts(shape, True)

@@ -95,15 +95,8 @@ struct MlpPlan {
     const int64_t n = widths[layer] * widths[layer + 1];
     return e.at(const_cast<void*>(weights[layer].const_data_ptr()), k * n);
   }
-  // Libraries take as long over ten columns as over 64: narrow layers are multiplied with columns
-  // of zeros up to the next sixteen, whatever the number of rows, so that a row's bits do not
-  // depend on it.
-  bool widens(int64_t layer) const {
-    return !e.fixed && widths[layer + 1] < 64 && widths[layer + 1] % 16 != 0;
-  }
-  int64_t product_width(int64_t layer) const {
-    return widens(layer) ? round_up(widths[layer + 1], 16) : widths[layer + 1];
-  }
+  int64_t product_width(int64_t layer) const { return e.columns(widths[layer + 1]); }
+  bool widens(int64_t layer) const { return product_width(layer) != widths[layer + 1]; }
   // Rows from which a product with a transposed copy of W is faster by more than the copy; its bits
   // are the same.
   bool turns() const { return out_first && rows >= 64 && !e.fixed; }

@@ -18,15 +18,18 @@ namespace ensemble {
 namespace {
 
 constexpr int64_t kMemberBlock = 256;  // columns of dW_k a task makes
+constexpr int64_t kMemberTurned =
+    48;  // below this many columns (O, I) is faster, transpose and all
 
 struct MemberSizes {
-  int64_t items, members, in, out;
+  int64_t items, members, in, out, wide;  // wide: the columns that W has in the forward product
   bool shared;
-  MemberSizes(const Tensor& x, const Tensor& weight)
+  MemberSizes(const Engine& e, const Tensor& x, const Tensor& weight)
       : items(x.size(0)),
         members(weight.size(0)),
         in(weight.size(1)),
         out(weight.size(2)),
+        wide(e.columns(out)),
         shared(x.dim() == 2) {}
   // Batch items [begin, end) of member k as a tile.
   EnsembleTile tile(const Engine& e, int64_t k, int64_t begin, int64_t end, int64_t columns) const {
@@ -39,8 +42,14 @@ struct MemberSizes {
 struct MemberWeights {
   Tensor owner;
   const EnsembleTable* widen = nullptr;
-  int64_t numel, step;
-  MemberWeights(const Engine& e, const Tensor& weight) : numel(weight.size(1) * weight.size(2)) {
+  int64_t numel, step, in, out, wide, size;
+  // Rows of `wide` columns, zero from the weight's own on.
+  MemberWeights(const Engine& e, const Tensor& weight, int64_t wide)
+      : numel(weight.size(1) * weight.size(2)),
+        in(weight.size(1)),
+        out(weight.size(2)),
+        wide(wide),
+        size(e.tile_size) {
     const bool half = weight.element_size() == 2;
     owner = weight.scalar_type() == e.tile || (half && e.tile == ScalarType::Float)
                 ? dense(weight)
@@ -48,12 +57,20 @@ struct MemberWeights {
     if (owner.scalar_type() != e.tile) widen = &pick_ensemble_tables().of[dtype_of(owner)];
     step = numel * owner.element_size();
   }
-  int64_t scratch_size() const { return widen ? numel : 0; }
+  int64_t scratch_size() const { return (widen ? numel : 0) + (wide != out ? in * wide : 0); }
   const void* get(int64_t k, void* scratch) const {
     const void* at = static_cast<const char*>(owner.const_data_ptr()) + k * step;
-    if (!widen) return at;
-    widen->widen(at, scratch, numel);
-    return scratch;
+    if (widen) {
+      widen->widen(at, scratch, numel);
+      at = scratch;
+    }
+    if (wide == out) return at;
+    char* copy = static_cast<char*>(scratch) + (widen ? numel * size : 0);
+    std::memset(copy, 0, size_t(in * wide * size));
+    for (int64_t i = 0; i < in; ++i)
+      std::memcpy(copy + i * wide * size, static_cast<const char*>(at) + i * out * size,
+                  size_t(out * size));
+    return copy;
   }
 };
 
@@ -70,7 +87,7 @@ void for_member_tiles(const Engine& e, const Tensor& like, const MemberSizes& n,
   const int64_t count = ceil_div(n.items, tile);
   parallel_for(0, n.members * count, 1, [&](int64_t begin, int64_t end) {
     Tensor weight = e.scratch(like, w.scratch_size());
-    Tensor scratch = e.scratch(like, e.padded(tile) * (n.in + n.out));
+    Tensor scratch = e.scratch(like, e.padded(tile) * (n.in + n.wide));
     const void* ready = nullptr;
     for (int64_t t = begin; t < end; ++t) {
       const int64_t k = t / count, first = t % count * tile;
@@ -85,35 +102,36 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight,
                                    const OptTensor& bias_in, int64_t activation, bool save) {
   const Tensor x = dense(x_in);
   const Engine e(x);
-  const MemberSizes n(x, weight);
+  const MemberSizes n(e, x, weight);
   const bool keep_z = save && activation >= 2;
   const std::vector<int64_t> shape{n.items, n.members, n.out};
   Tensor y = empty_like(x, shape), z = empty_like(x, keep_z ? shape : std::vector<int64_t>{0});
   if (y.numel() == 0) return {y, z};
   const Parameter bias(bias_in, x, n.out, 0), ones(std::nullopt, x, n.in > n.out ? n.in : n.out, 1);
-  const MemberWeights w(e, weight);
+  const MemberWeights w(e, weight, n.wide);
   const void* xp = x.const_data_ptr();
   void *yp = y.mutable_data_ptr(), *zp = keep_z ? z.mutable_data_ptr() : nullptr;
   const bool plain_y = !bias.given && activation == 0;
-  for_member_tiles(e, x, n, w,
-                   [&](int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch) {
-                     const EnsembleTile in = n.tile(e, k, begin, end, n.in),
-                                        out = n.tile(e, k, begin, end, n.out);
-                     const bool in_place = in.count == in.padded && e.stored_as_tile;
-                     Matrix left{scratch, in.padded, n.in, n.in, 1};
-                     if (in_place) {
-                       left.data = e.at_stored(xp, (n.shared ? begin : in.base) * n.in);
-                       left.row_step = n.shared ? n.in : n.members * n.in;
-                     } else {
-                       e.run.scale(xp, ones.rows, scratch, in);
-                     }
-                     const EnsembleMatrix h{
-                         in_place ? e.at(yp, out.base * n.out) : e.at(scratch, in.padded * n.in),
-                         in_place ? n.members * n.out : n.out};
-                     e.product(h, left, {wk, n.in, n.out, n.out, 1});
-                     if (!(in_place && plain_y))
-                       e.run.finish(h, ones.rows, bias.rows, yp, zp, out, int(activation));
-                   });
+  for_member_tiles(
+      e, x, n, w, [&](int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch) {
+        const EnsembleTile in = n.tile(e, k, begin, end, n.in),
+                           out = n.tile(e, k, begin, end, n.out);
+        const bool widened = n.wide != n.out;
+        const bool in_place = in.count == in.padded && e.stored_as_tile;
+        Matrix left{scratch, in.padded, n.in, n.in, 1};
+        if (in_place) {
+          left.data = e.at_stored(xp, (n.shared ? begin : in.base) * n.in);
+          left.row_step = n.shared ? n.in : n.members * n.in;
+        } else {
+          e.run.scale(xp, ones.rows, scratch, in);
+        }
+        const bool there = in_place && !widened;
+        const EnsembleMatrix h{there ? e.at(yp, out.base * n.out) : e.at(scratch, in.padded * n.in),
+                               there ? n.members * n.out : n.wide};
+        e.product(h, left, {wk, n.in, n.wide, n.wide, 1});
+        if (!(there && plain_y))
+          e.run.finish(h, ones.rows, bias.rows, yp, zp, out, int(activation));
+      });
   return {y, z};
 }
 
@@ -147,7 +165,7 @@ struct MemberBackward {
 
   void input(const Tensor& weight, void* dx) const {
     if (!n.shared) {
-      const MemberWeights w(e, weight);
+      const MemberWeights w(e, weight, n.out);
       for_member_tiles(e, like, n, w,
                        [&](int64_t k, int64_t begin, int64_t end, const void* wk, void* scratch) {
                          input_tile(k, begin, end, wk, scratch, dx);
@@ -172,13 +190,16 @@ struct MemberBackward {
       Tensor delta = e.scratch(like, chunk * kMemberBlock);
       Tensor copy = e.scratch(like, e.stored_as_tile ? 0 : chunk * n.in);
       Tensor part = e.scratch(like, n.in * kMemberBlock),
-             sum = e.scratch(like, n.in * kMemberBlock, true);
+             sum = e.scratch(like, n.in * kMemberBlock, true),
+             turned = e.scratch(like, n.out < kMemberTurned ? n.in * n.out : 0, true);
       for (int64_t task = begin; task < end; ++task) {
         const int64_t k = task / blocks, o = task % blocks * kMemberBlock;
         const int64_t width = n.out - o < kMemberBlock ? n.out - o : kMemberBlock;
         void* db_row = e.at_real(db, k * n.out + o);
         if (db_row) std::memset(db_row, 0, size_t(width * e.real_size));
         const bool direct = e.tile == e.real && n.items <= chunk;  // the only product is the sum
+        const bool turns = width > 1 && n.out < kMemberTurned;
+        const bool writes = direct && same && !turns;  // to its place
         if (!direct) std::memset(sum.mutable_data_ptr(), 0, size_t(n.in * width * e.real_size));
         for (int64_t b = 0; b < n.items || b == 0; b += chunk) {
           const int64_t stop = b + chunk < n.items ? b + chunk : n.items;
@@ -187,24 +208,33 @@ struct MemberBackward {
           if (dweight) {
             const int64_t step = n.shared ? n.in : n.members * n.in;
             const void* from = e.at_stored(x, (n.shared ? b : b * n.members + k) * n.in);
-            Matrix left{from, n.in, stop - b, 1, step};
+            Matrix rows{from, stop - b, n.in, step, 1};
             if (!e.stored_as_tile) {
               for (int64_t j = 0; j < stop - b; ++j)
                 e.run.widen(e.at_stored(from, j * step), e.at(copy.mutable_data_ptr(), j * n.in),
                             n.in);
-              left = {copy.const_data_ptr(), n.in, stop - b, 1, n.in};
+              rows = {copy.const_data_ptr(), stop - b, n.in, n.in, 1};
             }
             EnsembleMatrix to{direct ? sum.mutable_data_ptr() : part.mutable_data_ptr(), width};
-            if (direct && same)
-              to = {e.at_real(dweight->mutable_data_ptr(), k * n.in * n.out + o), n.out};
-            e.product(to, left, {delta.const_data_ptr(), stop - b, width, width, 1});
+            if (writes) to = {e.at_real(dweight->mutable_data_ptr(), k * n.in * n.out + o), n.out};
+            if (turns)
+              e.product({to.data, n.in}, {delta.const_data_ptr(), width, stop - b, 1, width}, rows);
+            else
+              e.product(to, {rows.data, n.in, stop - b, 1, rows.row_step},
+                        {delta.const_data_ptr(), stop - b, width, width, 1});
             if (!direct) e.run.add(part.const_data_ptr(), sum.mutable_data_ptr(), n.in * width);
           }
           if (chunk == 0) break;
         }
-        if (!dweight || (direct && same)) continue;
+        if (!dweight || writes) continue;
+        void* found = sum.mutable_data_ptr();
+        if (turns) {
+          e.real_run.transpose(found, turned.mutable_data_ptr(), width, n.in, 0,
+                               ceil_div(width, 16));
+          found = turned.mutable_data_ptr();
+        }
         for (int64_t i = 0; i < n.in; ++i)
-          store.round(e.at_real(sum.mutable_data_ptr(), i * width),
+          store.round(e.at_real(found, i * width),
                       static_cast<char*>(dweight->mutable_data_ptr()) +
                           ((k * n.in + i) * n.out + o) * dweight->element_size(),
                       width);
@@ -221,7 +251,7 @@ std::tuple<Tensor, Tensor, Tensor> member_linear_backward(const Tensor& dy_in, c
   const Tensor dy = dense(dy_in), x = dense(x_in);
   const Tensor saved = saved_in.has_value() ? dense(*saved_in) : dy;
   const Engine e(x);
-  const MemberSizes n(x, weight);
+  const MemberSizes n(e, x, weight);
   const Parameter ones(std::nullopt, x, n.in > n.out ? n.in : n.out, 1);
   using Shape = std::vector<int64_t>;
   const Shape none{0}, per_member{n.members, n.out};

@@ -149,6 +149,14 @@ struct Engine {
   const void* at_stored(const void* p, int64_t n) const {
     return static_cast<const char*>(p) + n * size;
   }
+  // Columns a product of `width` should have. Libraries take longer over ten columns than over 64:
+  // narrow results whose last columns they do one by one get columns of zeros up to the next
+  // sixteen, whatever the number of rows, so that a row's bits do not depend on it. One column is a
+  // product of its own in every library.
+  int64_t columns(int64_t width) const {
+    const bool slow = width > 1 && (width < 16 || (width < 64 && width % 4 != 0));
+    return slow && !fixed ? round_up(width, kRowQuantum) : width;
+  }
   int64_t padded(int64_t count) const { return fixed ? max_rows : round_up(count, kRowQuantum); }
 
   // out = a b, or out += a b, single-threaded inside a parallel region. out is (a.rows, b.columns)
