@@ -16,7 +16,7 @@ from solera.sinkhorn import sinkhorn
 INF = math.inf
 # One row or column, below a vector, with a tail, more than one block of rows, wider than a GPU tile of rows.
 SHAPES = [(1, 1), (1, 9), (9, 1), (5, 7), (33, 20), (70, 130), (131, 37)]
-LARGE = [(3, 4200)] if INTERPRETED else [(300, 520), (2, 5000), (700, 700)]
+LARGE = [(2, 2100)] if INTERPRETED else [(300, 520), (2, 5000), (700, 700)]
 
 
 def loop(cost, a, b, epsilon, iterations):
@@ -43,6 +43,10 @@ def parts(result):
 @pytest.mark.parametrize("epsilon", [1e-4, 1e-3, 0.05, 1.0, 1e4])
 @pytest.mark.parametrize("shape", SHAPES + LARGE, ids=str)
 def test_iterates_against_float64(shape, epsilon, dtype):
+    if INTERPRETED and shape in LARGE and epsilon not in (1e-4, 0.05):
+        pytest.skip(
+            "interpreted, wide rows at one epsilon with the exact log-sum-exp and one without"
+        )
     cost, a, b = problem(*shape, dtype=dtype, zeros=min(shape) > 4)
     wide = [t.double() for t in (cost, a, b)]
     iterations = 12
@@ -323,19 +327,20 @@ def test_same_bits_for_any_thread_count_and_batch(shape):
 
 def test_layouts():
     cost, a, b = problem(4, 6, 8)
-    want = sinkhorn(cost, a, b, epsilon=0.1)
+    options = {"epsilon": 0.1, "max_iterations": 5}
+    want = sinkhorn(cost, a, b, **options)
     moved = cost.transpose(1, 2).contiguous().transpose(1, 2)
-    assert torch.equal(sinkhorn(moved, a, b, epsilon=0.1).f, want.f)
+    assert torch.equal(sinkhorn(moved, a, b, **options).f, want.f)
     spaced = torch.stack([cost, cost], -1)[..., 0]
-    assert torch.equal(sinkhorn(spaced, a, b, epsilon=0.1).f, want.f)
-    one = sinkhorn(cost[0].expand(4, 6, 8), a[0], b[0], epsilon=0.1)
+    assert torch.equal(sinkhorn(spaced, a, b, **options).f, want.f)
+    one = sinkhorn(cost[0].expand(4, 6, 8), a[0], b[0], **options)
     assert torch.equal(one.f[3], want.f[0])
-    nested = sinkhorn(cost.reshape(2, 2, 6, 8), a.reshape(2, 2, 6), b.reshape(2, 2, 8), epsilon=0.1)
+    nested = sinkhorn(cost.reshape(2, 2, 6, 8), a.reshape(2, 2, 6), b.reshape(2, 2, 8), **options)
     assert nested.f.shape == (2, 2, 6) and nested.plan().shape == (2, 2, 6, 8)
     assert nested.converged.shape == nested.cost.shape == (2, 2)
     assert torch.equal(nested.f.reshape(4, 6), want.f)
     c = cost.clone().requires_grad_()
-    (x,) = torch.autograd.grad(sinkhorn(c, a, b, epsilon=0.1).plan().sum(), c)  # a stride of 0
+    (x,) = torch.autograd.grad(sinkhorn(c, a, b, **options).plan().sum(), c)  # a stride of 0
     assert torch.isfinite(x).all()
 
 

@@ -90,6 +90,7 @@ def test_marginals_padding_and_batches(k):
     )
 
 
+@pytest.mark.no_interpreter
 def test_converges_to_both_marginals():
     q = balanced_assignment(cosines(120, 20, dtype=torch.float64), 0.1, 300)
     torch.testing.assert_close(q.sum(0), torch.full((20,), 6.0, dtype=q.dtype, device=DEVICE))
@@ -236,6 +237,7 @@ def test_class_relation_distillation_pseudo_labels_and_heads():
             torch.testing.assert_close(q[v, h], public_loop(each[v, h]))
 
 
+@pytest.mark.no_interpreter
 def test_novel_class_discovery_equal_partition():
     """The survey's form: Q = diag(u) exp(Z / eps) diag(v) for Z (K, B), rows summing to B / K, columns to 1."""
     z = cosines(6, 48, dtype=torch.float64)
@@ -266,7 +268,11 @@ def test_mitigating_word_bias_against_the_grid():
 # ---- prior matching ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32] if INTERPRETED else [torch.float64, torch.float32, torch.bfloat16],
+    ids=str,
+)
 @pytest.mark.parametrize("k", [3, 21])
 def test_prior_match_reaches_the_prior(k, dtype):
     logits = randn(2, 150, k, dtype=dtype)
@@ -294,7 +300,9 @@ def match(logits, prior):
     )
 
 
-@pytest.mark.parametrize("shape", [(7, 3), (2, 6, 4), (5, 17)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(5, 17)] if INTERPRETED else [(7, 3), (2, 6, 4), (5, 17)], ids=str
+)
 def test_gradcheck_and_gradgradcheck(shape):
     logits = randn(*shape, dtype=torch.float64, grad=True)
     prior = randn(*shape[:-2], shape[-1], dtype=torch.float64, grad=True, scale=0.3)
