@@ -242,5 +242,5 @@ def run(quick: bool, folder: Path) -> Outcome:
             **{f"ratio {n}": r for n, r in ratios.items()},
             **{f"difference of {n}": v for n, v in apart.items()},
         },
-        pictures=[PICTURE] if draw(reports, folder / PICTURE) else [],
+        pictures=[PICTURE] if not quick and draw(reports, folder / PICTURE) else [],  # what the page shows
     )  # fmt: skip
