@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Runs other packages' own tests with Solera's functions in the place of theirs, and prints a table.
 
-    python tools/peer_suites.py geomloss               tests from its source distribution, which pip downloads
-    python tools/peer_suites.py pot --tests FOLDER     tests from a checkout's `test` folder: POT's source
-                                                       distribution lacks the conftest.py that they need
+    python tools/peer_suites.py pot FOLDER         FOLDER: `test` of a checkout of POT
+    python tools/peer_suites.py geomloss FOLDER    FOLDER: `tests` of a checkout of geomloss
 
-Every file is run twice, with the peer's own code and with tools/peers/<peer>.py loaded; a line tells how many tests
-passed in each and how many calls were redirected. docs/peer_suites.md keeps the result and says why what fails, fails.
+(The source distributions that pip downloads lack files which the tests import.) Every file is run twice, with the
+peer's own code and with tools/peers/<peer>.py loaded; a line tells how many tests passed in each and how many calls
+were redirected. docs/peer_suites.md keeps the result and says why what fails, fails.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import os
 import re
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -37,23 +36,6 @@ PEERS = {
     },
     "geomloss": {"package": "geomloss", "files": {"test_ot_solve_matrix.py": "", "test_ot_solve_sample.py": ""}},
 }  # fmt: skip
-
-
-def source_tests(package: str, folder: Path) -> Path:
-    """The tests of the installed version's source distribution."""
-    pinned = f"{package}=={version(package)}"
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", package]
-    subprocess.run([*command, "-d", str(folder), pinned], check=True)
-    archive = next(folder.glob("*.tar.gz"))
-    with tarfile.open(archive) as tar:
-        tar.extractall(folder, filter="data")
-    root = next(p for p in folder.iterdir() if p.is_dir())
-    tests = next(root / name for name in ("test", "tests") if (root / name).is_dir())
-    if package == "POT" and not (tests / "conftest.py").exists():
-        sys.exit(
-            "POT's source distribution has no conftest.py: give --tests the `test` folder of a checkout"
-        )
-    return tests
 
 
 def run(
@@ -99,36 +81,33 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("peer", choices=PEERS)
-    parser.add_argument("--tests", type=Path, help="folder with the peer's tests")
+    parser.add_argument("tests", type=Path, help="folder with the peer's tests")
     parser.add_argument("--file", help="only files whose name holds this text")
     options = parser.parse_args()
     peer = PEERS[options.peer]
     wrong = 0
-    with tempfile.TemporaryDirectory() as scratch:
-        tests = options.tests or source_tests(peer["package"], Path(scratch))
-        print(f"{peer['package']} {version(peer['package'])}\n")
-        print("| file | chosen | its own code | with Solera | calls redirected |")
-        print("|---|---|---|---|---:|")
-        for file, chosen in peer["files"].items():
-            if options.file and options.file not in file:
-                continue
-            if not (tests / file).exists():
-                print(f"| {file} | | not in this source | | |")
-                continue
-            theirs, _, known = run(tests, file, chosen, None)
-            ours, calls, failed = run(tests, file, chosen, f"peers.{options.peer}")
-            text = [
-                ", ".join(f"{n} {name}" for name, n in found.items()) for found in (theirs, ours)
-            ]
-            print(f"| {file} | {chosen or 'all'} | {text[0]} | {text[1]} | {calls} |", flush=True)
-            new = [name for name in failed if name not in known]
-            print(
-                *(f"FAILS {name}" for name in new),
-                sep="\n",
-                end="\n" if new else "",
-                file=sys.stderr,
-            )
-            wrong += len(new)
+    tests = options.tests.resolve()
+    print(f"{peer['package']} {version(peer['package'])}\n")
+    print("| file | chosen | its own code | with Solera | calls redirected |")
+    print("|---|---|---|---|---:|")
+    for file, chosen in peer["files"].items():
+        if options.file and options.file not in file:
+            continue
+        if not (tests / file).exists():
+            print(f"| {file} | | not in this source | | |")
+            continue
+        theirs, _, known = run(tests, file, chosen, None)
+        ours, calls, failed = run(tests, file, chosen, f"peers.{options.peer}")
+        text = [", ".join(f"{n} {name}" for name, n in found.items()) for found in (theirs, ours)]
+        print(f"| {file} | {chosen or 'all'} | {text[0]} | {text[1]} | {calls} |", flush=True)
+        new = [name for name in failed if name not in known]
+        print(
+            *(f"FAILS {name}" for name in new),
+            sep="\n",
+            end="\n" if new else "",
+            file=sys.stderr,
+        )
+        wrong += len(new)
     return bool(wrong)
 
 
