@@ -16,7 +16,7 @@ from torch import Tensor
 from . import Outcome, median_ratio, pyplot, seconds
 from .colour_transfer import plain_sinkhorn, squared_distance
 
-POINTS, EPSILON, ITERATIONS = 1000, 2e-3, 200
+POINTS, EPSILON, ITERATIONS = 800, 3e-3, 120
 PICTURE = "point_matching.png"
 
 

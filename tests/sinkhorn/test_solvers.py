@@ -1,11 +1,11 @@
 """Compositions: c-transform and semi-dual, barycenters, Gromov-Wasserstein, low-rank couplings."""
 
 import math
+import warnings
 
 import pytest
 import torch
 from helpers import DEVICE
-from scipy.optimize import linear_sum_assignment
 from sinkhorn_problems import problem
 
 from solera.sinkhorn import (
@@ -21,6 +21,7 @@ from solera.sinkhorn import (
 )
 
 pytestmark = pytest.mark.no_interpreter
+_scipy = pytest.importorskip("scipy.optimize", reason="scipy is not installed")
 F64 = torch.float64
 
 
@@ -86,7 +87,7 @@ def test_dual_ascent_with_and_without_entropy():
     torch.testing.assert_close(value, want.cost, rtol=1e-6, atol=0)
     torch.testing.assert_close(f, c_transform(cost, g, b, epsilon=0.1))
     cost = rand(8, 8)
-    rows, columns = linear_sum_assignment(cost.cpu().numpy())
+    rows, columns = _scipy.linear_sum_assignment(cost.cpu().numpy())
     best = cost[rows, columns].mean()
     _, g = dual_ascent(cost, steps=1000, step_size=0.3)
     assert best - 1e-2 < semi_dual_cost(cost, g) <= best + 1e-12
@@ -124,6 +125,18 @@ def test_barycenter_with_weights_is_stationary():
     ).f
     slope = p.log() + (w @ f) / 0.05
     torch.testing.assert_close(slope, slope.mean().expand(24), rtol=0, atol=1e-7)
+
+
+def test_barycenter_warns_where_it_still_moves():
+    h = torch.rand(2, 9, dtype=torch.float64, device=DEVICE).softmax(-1)
+    cost = (torch.arange(9.0, dtype=torch.float64, device=DEVICE)[:, None] - torch.arange(9.0)) ** 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        barycenter(h, cost, epsilon=5.0)
+        barycenter(h, cost, epsilon=5.0, max_iterations=1, tolerance=0)
+    if DEVICE == "cpu":
+        with pytest.warns(UserWarning, match="still moved by more than tolerance=1e-07"):
+            barycenter(h, cost, epsilon=5.0, max_iterations=1)
 
 
 def test_barycenter_at_small_epsilon_and_in_batches():

@@ -82,7 +82,7 @@ def _solve(a, b, M, reg, iterations, tolerance, warn, warmstart, **more):
         wa = wa.expand(wb.shape[0], -1)
     init = None
     if warmstart is not None and not many:
-        u, v = (_torch(t) for t in warmstart)
+        u, v = (_torch(t).to(cost.dtype) for t in warmstart)
         init = (reg * (u - wa.log()), reg * (v - wb.log()))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
@@ -197,12 +197,14 @@ def barycenter_sinkhorn(
 ):  # fmt: skip
     A_, M_ = list_to_array(A, M)
     nx = get_backend(A_, M_)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always", UserWarning)
         found = solera.barycenter(
             _torch(A_).mT, _torch(M_), weights=None if weights is None else _torch(weights),
-            epsilon=reg, max_iterations=int(numItermax), tolerance=float(stopThr) * 1e-2,
+            epsilon=reg, max_iterations=int(numItermax), tolerance=max(float(stopThr) * 1e-2, 1e-12),
         )  # fmt: skip
+    if said and warn:
+        warnings.warn(NOT_CONVERGED, UserWarning, stacklevel=3)
     result = _like(found, nx, A_)
     return (result, {"err": [0.0], "niter": int(numItermax)}) if log else result
 

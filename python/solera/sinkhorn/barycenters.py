@@ -11,6 +11,7 @@ with d = 1; debiased, $d \leftarrow \sqrt{d \odot p / K d}$, which takes the blu
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -20,6 +21,7 @@ from .. import _check
 from .._registry import accumulate_type
 from .dense import sinkhorn
 from .dense_arguments import count as _count
+from .plan import transforms_active
 
 
 def _mixture(weights: Tensor | None, count: int, like: Tensor) -> Tensor:
@@ -60,6 +62,8 @@ def barycenter(
 
     Raises:
         ValueError, TypeError: naming the argument.
+    Warns:
+        UserWarning: on the CPU in eager mode, if tolerance > 0 was not reached.
 
     Sources: Benamou et al., "Iterative Bregman Projections for Regularized Transportation Problems", 2015;
     Janati, Cuturi, Gramfort, "Debiased Sinkhorn barycenters", 2020.
@@ -105,6 +109,16 @@ def barycenter(
             moved = (p.detach().exp() - before.detach().exp()).abs().sum(-1)
             if moved.numel() == 0 or not bool(moved.max() > tolerance):
                 break
+    else:
+        eager_cpu = cost.device.type == "cpu" and not torch.compiler.is_compiling()
+        if tolerance > 0 and eager_cpu and not transforms_active():
+            warnings.warn(
+                f"solera.barycenter: it still moved by more than tolerance={tolerance:g} after "
+                f"max_iterations={max_iterations} at epsilon={epsilon:g}. Try more iterations, a larger "
+                "epsilon or a larger tolerance.",
+                UserWarning,
+                stacklevel=2,
+            )
     return p.exp()
 
 
