@@ -375,7 +375,11 @@ def test_strides_do_not_matter():
     y = multi_lora_linear(x, weight, a, b, index=index, bias=bias)
     turned = [t.mT.contiguous().mT for t in (x, weight, a, b)]
     wide = index.repeat_interleave(2)[::2]
-    assert torch.equal(multi_lora_linear(*turned, index=wide, bias=bias), y)
+    again = multi_lora_linear(*turned, index=wide, bias=bias)
+    if INTERPRETED:  # the launcher's base product is torch's, whose bits follow the layout
+        torch.testing.assert_close(again, y)
+    else:
+        assert torch.equal(again, y)
 
 
 @settings(max_examples=10 if INTERPRETED else 60)

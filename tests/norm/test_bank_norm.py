@@ -272,9 +272,13 @@ def test_any_shape_and_stride(rows, columns, queries, k, dtype, scale, swap, dyn
         assert_accurate(out, exact, want)
 
 
+@pytest.mark.skipif(
+    INTERPRETED,
+    reason="the launcher's products are torch's, whose bits on a CPU follow its threads",
+)
 @pytest.mark.parametrize("width", [16, 1100])
 def test_same_bits_for_any_thread_count(width):
-    n = 40 if INTERPRETED else 700
+    n = 700
     q, b, g = randn(20, width), randn(n, width, grad=True), randn(n, width, grad=True)
     b, g = ((t / width).detach().requires_grad_() for t in (b, g))
     threads, results = torch.get_num_threads(), []
