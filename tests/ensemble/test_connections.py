@@ -91,6 +91,8 @@ def check(function, formula, tensors):
     truth = with_gradients(formula, double(*tensors), [g.double() for g in grads])
     for i, (a, b, c) in enumerate(zip(ours, today, truth, strict=True)):
         limit = {torch.float64: 1e-11, torch.float32: 1e-6}.get(a.dtype, ULP[a.dtype])
+        if c.numel() == 1 and a.dtype == torch.float32:
+            limit *= 10  # what is left of a sum over everything
         error, eager = relative_error(a, c), relative_error(b, c)
         assert error <= max(limit, 3 * eager), f"value {i}: {error:.3g}, eager {eager:.3g}"
 
