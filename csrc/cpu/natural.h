@@ -32,7 +32,8 @@ SOLERA_INLINE vf natural_exp(vf u) {
 #if defined(__AVX512F__)
   return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
 #else
-  const vf y = bits_as<vf>(bits_as<vi>(p) + (__builtin_convertvector(n, vi) << 23));
+  // Unsigned: where u is too small the sum wraps, and is replaced below.
+  const vf y = bits_as<vf>(bits_as<vu>(p) + (vu(__builtin_convertvector(n, vi)) << 23));
 #if defined(__x86_64__)
   return u < -87.3f ? splat(0.0f) : y;  // a NaN's n becomes 0x80000000: y is p, that NaN
 #else

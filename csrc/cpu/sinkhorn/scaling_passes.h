@@ -72,7 +72,7 @@ SOLERA_INLINE vf near_exp2(vf x) {
 #else
   const vf shifted = x + 12582912.0f;
   const vf t = x - (shifted - 12582912.0f);
-  return bits_as<vf>(bits_as<vi>(power(t)) + (bits_as<vi>(shifted) << 23));
+  return bits_as<vf>(bits_as<vu>(power(t)) + (bits_as<vu>(shifted) << 23));
 #endif
 }
 SOLERA_INLINE vd near_exp2(vd x) { return fast_exp2(x); }
