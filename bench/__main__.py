@@ -29,7 +29,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
         "--budget",
         type=float,
         metavar="S",
-        help="seconds after which lines without a target are left out (quick: 85); half of it may "
+        help="seconds after which lines without a target are left out (quick: 60); half of it may "
         "go into torch.compile",
     )
     add("--threads", type=int, help="torch threads")

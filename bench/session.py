@@ -23,7 +23,7 @@ from .measure import Clock
 from .run import Budget, Options, judge, run_line
 
 RESULTS = Path(__file__).parent / "results"
-QUICK_BUDGET = 85.0  # seconds, of which the showcase and the first import are no part
+QUICK_BUDGET = 60.0  # seconds, of which the showcase and the first import are no part
 
 
 @contextmanager
