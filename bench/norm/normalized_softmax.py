@@ -49,6 +49,7 @@ def specs(device: str) -> Iterator[Spec]:
             label="margin fwd+bwd 512x512x70722",
             dtype=dtype,
             make=lambda dtype=dtype: _case(dtype, device),
-            quick=dtype == torch.bfloat16,  # a line takes a third of a minute
+            quick=dtype
+            == torch.float32,  # bfloat16 takes minutes on a CPU without bfloat16 products
             targets={"eager": goal},
         )
