@@ -40,6 +40,7 @@ def weights(
 
 
 def initial(init: Any, cost: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The potentials to start from, detached and in the dtype that is computed in; (None, None) for none."""
     if init is None:
         return None, None
     if isinstance(init, SinkhornResult):
@@ -56,6 +57,7 @@ def initial(init: Any, cost: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 
 def count(name: str, value: object) -> None:
+    """value is an int of at least 1."""
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(f"{name}: expected an int, got {type(value).__name__} {value!r}")
     if value < 1:
