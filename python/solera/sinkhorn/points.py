@@ -335,6 +335,8 @@ def sinkhorn_points(
         validate: check values (NaN, negative weights, totals) and raise. None: on for CPU tensors in eager
             mode, off elsewhere. Without it a bad batch item has NaN potentials and converged = False.
 
+    Coordinates so large that a cost overflows the dtype (squares of 1e30 in float32) give NaN in their batch item.
+
     Shapes: x (..., n, d), y (..., m, d) -> f (..., n), g (..., m), cost, iterations, marginal_error,
     converged (...). float32, float64; half precision computed and returned in float32.
 
