@@ -14,8 +14,8 @@ from torch.utils import _pytree
 from .. import _check
 from .._registry import accumulate_type
 from .dense_arguments import TOTALS as _TOTALS
-from .dense_arguments import count as _count
 from .dense_arguments import bounds, check_bounds
+from .dense_arguments import count as _count
 from .plan import transforms_active, transport_plan, within
 from .streaming import points_softmin, solve_points
 from .streaming_apply import COSTS, apply_density, cost_matrix
@@ -406,10 +406,11 @@ def sinkhorn_points(
         kinds = [t.dtype for t in (a, b) if t is not None] or [accumulate_type(x)]
         if limits is not None:
             check_bounds(limits, n, m)
-        clouds = (x, y) if limits is None else (flat_x, flat_y)
+        seen_x, seen_y = (x, y) if limits is None else (flat_x, flat_y)
         check_values(
-            *[t.detach() for t in (*clouds, flat_a, flat_b)], kinds, rho_a < 0 and rho_b < 0
-        )
+            seen_x.detach(), seen_y.detach(), flat_a.detach(), flat_b.detach(), kinds,
+            rho_a < 0 and rho_b < 0,
+        )  # fmt: skip
     code = code_of(cost)
     f, g, value, iterations, error, converged = solve_points(
         flat_x, flat_y, flat_a, flat_b, f0, g0, code, epsilons, rho_a, rho_b, momentum,
