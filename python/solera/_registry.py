@@ -39,6 +39,22 @@ def op(core: str, schema: str) -> Callable[[Callable], Callable]:
     return fake
 
 
+def composed(schema: str, fake: Callable) -> Callable[[Callable], Callable]:
+    """Define an op whose body, the decorated function, runs other ops of this package on every device.
+
+    torch.compile then sees one call in place of the loops and buffers inside it, which it would unroll.
+    """
+    name = schema.split("(", 1)[0]
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+
+    def attach(function: Callable) -> Callable:
+        LIBRARY.impl(name, function, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"solera::{name}", fake, lib=LIBRARY)
+        return function
+
+    return attach
+
+
 def reference(name: str) -> Callable[[Callable], Callable]:
     """Register the decorated function as op `name` on every device that has no kernel for it.
 
