@@ -222,6 +222,31 @@ op(
 )
 
 
+# ---- norm.normalized_softmax -------------------------------------------------------------------------
+
+# A loop over chunks of rows with the ops of norm.logit_norm and norm.row_dots inside.
+
+
+@op(
+    "norm.normalized_softmax",
+    "normalized_softmax(Tensor x, Tensor weight, Tensor target, Tensor label, Tensor scale, Tensor? extra,"
+    " Tensor? row_weight, bool need_x, bool need_weight)"
+    " -> (Tensor losses, Tensor dx, Tensor dweight, Tensor dextra, Tensor dscale, Tensor dlabel)",
+    composed=True,
+)
+def _(x, weight, target, label, scale, extra, row_weight, need_x, need_weight):
+    acc, grads = _registry.accumulate_type(x), row_weight is not None
+    shapes = (
+        label.shape,
+        x.shape if grads and need_x else (0,),
+        weight.shape if grads and need_weight else (0,),
+        extra.shape if grads and extra is not None else (0,),
+        (),
+        label.shape,
+    )
+    return tuple(x.new_empty(shape, dtype=acc) for shape in shapes)
+
+
 # ---- norm.row_dots -----------------------------------------------------------------------------------
 
 # x (N, D), y (M, D); index (N,) int64 names the row of y beside each row of x (negative: none), None pairs
@@ -709,6 +734,17 @@ op(
     "pair_losses(Tensor s, Tensor g, Tensor negative, Tensor positive, float tau_min, float tau_max,"
     " float beta, float width, bool need_grad) -> (Tensor losses, Tensor ds, Tensor dg)",
 )
+
+
+@op(
+    "ensemble.pair_losses",
+    "pair_head_loss(Tensor z, Tensor q, SymInt k, float tau_min, float tau_max, float beta, bool need_grad)"
+    " -> (Tensor loss, Tensor dz, Tensor dq)",
+    composed=True,
+)
+def _(z, q, k, tau_min, tau_max, beta, need_grad):
+    grads = [t.new_empty(t.shape if need_grad else (0,)) for t in (z, q)]
+    return z.new_empty(()), *grads
 
 
 # ---- sinkhorn.dense ----------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.compiler import is_compiling
 
 from .. import _check
 from .._autograd import differentiable_vjp
-from .._registry import accumulate_type, composed
+from .._registry import accumulate_type, reference
 from .._route import use_reference
 from ._labels import REDUCTIONS, labels
 from .logit_norm import SOFTMAX
@@ -316,35 +316,14 @@ def _frozen(margin):
 # ---- under torch.compile -----------------------------------------------------------------------------
 
 
-def _nothing(x: Tensor) -> Tensor:
-    return x.new_empty(0, dtype=accumulate_type(x))
-
-
-def _head_fake(x, weight, target, label, scale, extra, row_weight, need_x, need_weight):
-    acc, grads = accumulate_type(x), row_weight is not None
-    shapes = (
-        label.shape,
-        x.shape if grads and need_x else (0,),
-        weight.shape if grads and need_weight else (0,),
-        extra.shape if grads and extra is not None else (0,),
-        (),
-        label.shape,
-    )
-    return tuple(x.new_empty(shape, dtype=acc) for shape in shapes)
-
-
-@composed(
-    "normalized_softmax(Tensor x, Tensor weight, Tensor target, Tensor label, Tensor scale, Tensor? extra,"
-    " Tensor? row_weight, bool need_x, bool need_weight)"
-    " -> (Tensor losses, Tensor dx, Tensor dweight, Tensor dextra, Tensor dscale, Tensor dlabel)",
-    _head_fake,
-)
+@reference("normalized_softmax")
 def _head_op(x, weight, target, label, scale, extra, row_weight, need_x, need_weight):
     with torch.autocast(x.device.type, enabled=False):
         found = _Head(x, weight, target, scale, label=label).run(
             extra, row_weight, need_x, need_weight
         )
-    return tuple(_nothing(x) if t is None else t.contiguous() for t in found)
+    nothing = x.new_empty(0, dtype=accumulate_type(x))
+    return tuple(nothing.clone() if t is None else t.contiguous() for t in found)
 
 
 class _OpaqueHead(torch.autograd.Function):
