@@ -89,7 +89,8 @@ def gram_vjp(
 @reference("gram_backward")
 def _gram_backward(dgram, tensors, base, by_row, need_tensors):
     _refuse_mismatch([*tensors, *base], tensors[: len(tensors) // dgram.shape[1]])
-    return [t.contiguous() for t in gram_vjp(dgram, tensors, base, by_row, need_tensors)]
+    found = gram_vjp(dgram, tensors, base, by_row, need_tensors)
+    return [t.clone(memory_format=torch.contiguous_format) for t in found]  # not one's slices
 
 
 # ---- autograd ----------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def gathered(tensors: Any, base: Any) -> tuple[str, list, dict[Any, Tensor], lis
 def check_dim(dim: int, tensors: Sequence[Tensor]) -> None:
     """dim counts a dimension of every tensor of two or more."""
     if not isinstance(dim, int) or isinstance(dim, bool):
-        raise TypeError(f"dim: expected an integer or None, got {type(dim).__name__} {dim!r}")
+        raise TypeError(f"dim: expected an integer, got {type(dim).__name__} {dim!r}")
     for t in tensors:
         if t.dim() > 1 and not -t.dim() <= dim < t.dim():
             raise ValueError(f"dim: {dim} is out of range for a tensor of shape {tuple(t.shape)}")
