@@ -19,7 +19,9 @@ except ImportError:
     merge_tensors = None
 
 
-def _mergekit(method: str, columns: Sequence[Sequence[Tensor]], base: bool, **parameters: Any) -> dict:
+def _mergekit(
+    method: str, columns: Sequence[Sequence[Tensor]], base: bool, **parameters: Any
+) -> dict:
     """mergekit's own function, where it is installed."""
     if merge_tensors is None:
         return {}
@@ -34,7 +36,9 @@ def _mergekit(method: str, columns: Sequence[Sequence[Tensor]], base: bool, **pa
     return {"mergekit": run}
 
 
-def _models(count: int, shapes: Sequence[tuple[int, ...]], dtype, device) -> tuple[Models, list[Tensor]]:
+def _models(
+    count: int, shapes: Sequence[tuple[int, ...]], dtype, device
+) -> tuple[Models, list[Tensor]]:
     """Models around a base, with a part in common: fine-tuned weights are not independent."""
     base = [torch.randn(*s, device=device) for s in shapes]
     common = [torch.randn(*s, device=device) for s in shapes]
@@ -254,20 +258,32 @@ def specs(device) -> Iterator[Spec]:
     def line(op, label, dtype, make, targets=None, quick=False, notes=""):
         return Spec(f"weights.{op}", label, dtype, make, quick, targets or {}, notes)
 
-    yield line("gram", "8-way, base, 100 x 1M", f32, lambda: _gram(8, big, f32, device), {"eager": 3})
+    yield line(
+        "gram", "8-way, base, 100 x 1M", f32, lambda: _gram(8, big, f32, device), {"eager": 3}
+    )
     yield line("gram", "8-way, base, 10 x 1M", bf16, lambda: _gram(8, tenth, bf16, device))
-    yield line("gram", "8-way, base, 1000 x 1k", f32, lambda: _gram(8, [(1000,)] * 1000, f32, device))
+    yield line(
+        "gram", "8-way, base, 1000 x 1k", f32, lambda: _gram(8, [(1000,)] * 1000, f32, device)
+    )
     yield line("gram", "fwd+bwd 4-way, base, 4M", f32, lambda: _gram_backward(4, 4_000_000, device))
     goal = {"eager": 2}
-    yield line("slerp", "2 x 100M, one tensor", f32, lambda: _slerp([(100_000_000,)], f32, device), goal)
+    yield line(
+        "slerp", "2 x 100M, one tensor", f32, lambda: _slerp([(100_000_000,)], f32, device), goal
+    )
     yield line("slerp", "2 x 100 x 1M", f32, lambda: _slerp(big, f32, device), goal)
     yield line("slerp", "2 x 24 x 1M", f32, lambda: _slerp(layers, f32, device), goal, quick=True)
     yield line("slerp", "2 x 24 x 1M", bf16, lambda: _slerp(layers, bf16, device))
     goal = {"eager": 3, "mergekit": 20}
     yield line("model_stock", "8 x 100 x 1M", f32, lambda: _stock(8, big, f32, device), goal)
-    yield line("model_stock", "8 x 10 x 1M", f32, lambda: _stock(8, tenth, f32, device), goal, quick=True)
+    yield line(
+        "model_stock", "8 x 10 x 1M", f32, lambda: _stock(8, tenth, f32, device), goal, quick=True
+    )
     yield line("model_stock", "2 x 24 x 1M", bf16, lambda: _stock(2, layers, bf16, device))
-    yield line("model_stock", "by filter, 4 x 24 x 1M", f32, lambda: _stock(4, layers, f32, device, True))
+    yield line(
+        "model_stock", "by filter, 4 x 24 x 1M", f32, lambda: _stock(4, layers, f32, device, True)
+    )
     yield line("karcher_mean", "4 steps, 8 x 10 x 1M", f32, lambda: _karcher(8, tenth, device),
                notes="a tenth of the other lines' size: the plain form passes 40 times over it")  # fmt: skip
-    yield line("row_lincomb", "8-way, base, 4096x4096", f32, lambda: _rows(8, (4096, 4096), f32, device))
+    yield line(
+        "row_lincomb", "8-way, base, 4096x4096", f32, lambda: _rows(8, (4096, 4096), f32, device)
+    )

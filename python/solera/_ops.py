@@ -995,7 +995,6 @@ def _(dgram, tensors, base, by_row, need_tensors):
     return [t.new_empty(t.shape) for t, need in zip((*tensors, *base), need_tensors) if need]
 
 
-
 # ---- weights.row_lincomb -----------------------------------------------------------------------------
 
 # lincomb with coefficients (K, rows of all L tensors), the rows along the first dimension of each.

@@ -157,7 +157,9 @@ def test_slerp_of_lists_and_state_dicts():
         for t in (0.4, torch.tensor(0.4, device=DEVICE)):
             out = slerp(a, b, t, dim=dim)
             for y, x, z in zip(out, a, b):
-                assert relative_error(y, slerp_formula(x.double(), z.double(), 0.4, None, dim)) < 1e-6
+                assert (
+                    relative_error(y, slerp_formula(x.double(), z.double(), 0.4, None, dim)) < 1e-6
+                )
         ts = torch.tensor([0.1, 0.5, 0.9], device=DEVICE)
         out = slerp(a, b, ts, dim=dim)
         for y, x, z, t in zip(out, a, b, ts.tolist()):
@@ -300,7 +302,9 @@ def test_principal_aggregate_is_fedlds():
     for count, n, ratio in ((4, 60, 0.5), (5, 40, 1.0), (3, 50, 0.4), (2, 30, 0.5)):
         deltas = [randn(n) + 0.5 for _ in range(count)]
         G = torch.stack(deltas).double()
-        assert relative_error(principal_aggregate(deltas, ratio), principal_formula(G, ratio)) < 2e-6
+        assert (
+            relative_error(principal_aggregate(deltas, ratio), principal_formula(G, ratio)) < 2e-6
+        )
     lists = [[randn(3, 4), randn(1)] for _ in range(3)]
     out = principal_aggregate(lists, 0.7)
     G = torch.stack([m[0].flatten() for m in lists]).double()
@@ -308,7 +312,7 @@ def test_principal_aggregate_is_fedlds():
     # A layer of one number is its mean; updates that are all zero stay so.
     assert relative_error(out[1], sum(m[1].double() for m in lists) / 3) < 1e-6
     assert not principal_aggregate([torch.zeros(4, device=DEVICE)] * 2, 0.5).any()
-    with pytest.raises(ValueError, match="ratio: 0.1 of 3 directions leaves none"):
+    with pytest.raises(ValueError, match=r"ratio: 0\.1 of 3 directions leaves none"):
         principal_aggregate(lists, 0.1)
 
 

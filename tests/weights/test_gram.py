@@ -88,13 +88,20 @@ def test_rows_lists_and_state_dicts():
     named = [{"w": m[0], "n": torch.tensor(3, device=DEVICE), "b": m[2]} for m in models]
     assert torch.equal(gram(named), gram([[m[0], m[2]] for m in models]))
     rows = gram(named, dim=0)
-    assert list(rows) == ["w", "b"] and rows["w"].shape == (4, 3, 3) and rows["b"].shape == (1, 3, 3)
+    assert (
+        list(rows) == ["w", "b"] and rows["w"].shape == (4, 3, 3) and rows["b"].shape == (1, 3, 3)
+    )
 
 
 def test_mixed_dtypes():
     w = {d: randn(1000, dtype=d) for d in DTYPES}
     f64, f32, bf16, f16 = DTYPES
-    for group, base in (((bf16, f16), None), ((bf16, bf16), f32), ((f32, f64, bf16), f16), ((f16,) * 5, f64)):
+    for group, base in (
+        ((bf16, f16), None),
+        ((bf16, bf16), f32),
+        ((f32, f64, bf16), f16),
+        ((f16,) * 5, f64),
+    ):
         tensors = [w[d].clone().requires_grad_() for d in group]
         b = None if base is None else w[base]
         found = gram(tensors, base=b)
@@ -148,7 +155,9 @@ def test_extreme_values():
     assert gram([ones * 1e30])[0, 0] == inf  # products are float32
     huge = torch.full((70,), 1e30, dtype=torch.float64, device=DEVICE)
     assert relative_error(gram([huge])[0, 0], torch.tensor(70e60, dtype=torch.float64)) < 1e-14
-    assert relative_error(gram([ones * 1e-15])[0, 0], torch.tensor(70e-30, dtype=torch.float64)) < 1e-6
+    assert (
+        relative_error(gram([ones * 1e-15])[0, 0], torch.tensor(70e-30, dtype=torch.float64)) < 1e-6
+    )
     assert gram([torch.empty(0, device=DEVICE)] * 2).tolist() == [[0, 0], [0, 0]]
     assert gram([torch.empty(0, 3, device=DEVICE)] * 2, dim=0).shape == (0, 2, 2)
     assert gram([torch.empty(3, 0, device=DEVICE)] * 2, dim=0).tolist() == [[[0, 0], [0, 0]]] * 3
@@ -168,7 +177,9 @@ def test_any_shapes_dtypes_and_counts(shapes, count, data, with_base, dim):
     for item, found in enumerate(gram(models, base=base, dim=dim)):
         column = [m[item] for m in models]
         b = None if base is None else base[item]
-        truth = exact(column, b, dim) if dim is not None and len(shapes[item]) > 1 else exact(column, b)
+        truth = (
+            exact(column, b, dim) if dim is not None and len(shapes[item]) > 1 else exact(column, b)
+        )
         if found.numel():
             assert_dots(found.reshape(truth.shape), truth, False)
 

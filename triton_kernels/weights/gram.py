@@ -156,7 +156,8 @@ def gram(tensors, base, models, by_row):
     columns, bases = _columns(tensors, base, tensors[:length])
     like = tensors[0]
     config = _config(like)
-    first, total, groups = [torch.zeros(1, dtype=torch.int64)], 0, {}
+    first, total = [torch.zeros(1, dtype=torch.int64)], 0
+    groups: dict = {}
     for column, b in zip(columns, bases):
         rows, n = rows_of(column[0], by_row)
         chunks = triton.cdiv(n, config["CHUNK"])

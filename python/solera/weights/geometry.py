@@ -190,8 +190,8 @@ def karcher_mean(
         max_iterations: at least 0, which leaves the direction of the weighted sum of unit vectors.
         tolerance: in radians.
 
-    Shapes: K of any shape S -> S; lists and state dicts likewise. Differentiable, through the iterations, in all tensors
-    and the weights.
+    Shapes: K of any shape S -> S; lists and state dicts likewise. Differentiable, through the
+    iterations, in all tensors and the weights.
 
     Source: Karcher, "Riemannian center of mass and mollifier smoothing", 1977; Buss, Fillmore, 2001.
     """
