@@ -1009,4 +1009,42 @@ op(
 )
 
 
+# ---- weights.gram ------------------------------------------------------------------------------------
+
+# tensors: models times L, model by model; by_row: the rows are those along a tensor's first dimension, else each
+# tensor is one. The result is (rows of all L tensors, K, K) in float64, as is dgram; need_tensors covers the base.
+
+
+@op("weights.gram", "gram(Tensor[] tensors, Tensor[] base, int models, bool by_row) -> Tensor")
+def _(tensors, base, models, by_row):
+    length = len(tensors) // models
+    rows = sum([t.shape[0] for t in tensors[:length]]) if by_row else length
+    return tensors[0].new_empty((rows, models, models), dtype=torch.float64)
+
+
+@op(
+    "weights.gram",
+    "gram_backward(Tensor dgram, Tensor[] tensors, Tensor[] base, bool by_row, bool[] need_tensors)"
+    " -> Tensor[]",
+)
+def _(dgram, tensors, base, by_row, need_tensors):
+    return [t.new_empty(t.shape) for t, need in zip((*tensors, *base), need_tensors) if need]
+
+
+# ---- weights.row_lincomb -----------------------------------------------------------------------------
+
+# lincomb with coefficients (K, rows of all L tensors), the rows along the first dimension of each.
+
+op(
+    "weights.row_lincomb",
+    "row_lincomb(Tensor[] tensors, Tensor coefficients, Tensor[] base, ScalarType? out_dtype)"
+    " -> Tensor[]",
+)
+op(
+    "weights.row_lincomb",
+    "row_lincomb_backward(Tensor[] grads, Tensor[] tensors, Tensor coefficients, Tensor[] base,"
+    " bool need_coefficients, bool[] need_tensors) -> (Tensor dcoefficients, Tensor[] dtensors)",
+)
+
+
 _registry.attach_kernels()

@@ -2,6 +2,22 @@
 
 from .conv_lora import conv_lora_weight
 from .ema import ema_
+from .federated import principal_aggregate, softmax_margin_ce
+from .geometry import karcher_mean, model_stock, multi_slerp, slerp
+from .gram import gram
 from .lincomb import lincomb
+from .row_lincomb import row_lincomb
 
-__all__ = ["conv_lora_weight", "ema_", "lincomb"]
+__all__ = [
+    "conv_lora_weight",
+    "ema_",
+    "gram",
+    "karcher_mean",
+    "lincomb",
+    "model_stock",
+    "multi_slerp",
+    "principal_aggregate",
+    "row_lincomb",
+    "slerp",
+    "softmax_margin_ce",
+]
