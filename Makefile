@@ -112,7 +112,7 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml
 	touch $@
 
 clean:
-	rm -rf build dist python/solera/_C*.so *.egg-info python/*.egg-info
+	rm -rf build dist python/solera/_C*.so python/solera/_io*.so *.egg-info python/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 distclean: clean

@@ -1,0 +1,488 @@
+"""Ways to merge, as values: what `merge` and `merge_files` are told to do with each tensor.
+
+A method is a small frozen dataclass: it compares, hashes and pickles, and its repr is the call that makes it.
+Its one hook, `merge_tensor`, makes one named tensor of the result from that tensor in each of the K models (and
+in the base). Random methods draw from (seed, the tensor's name, the element), so that neither the order of
+the tensors nor that of the files matters.
+"""
+
+from __future__ import annotations
+
+import ast
+import fnmatch
+import importlib
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+Tiling = Literal["elements", "rows", "whole"]
+Numbers = tuple[float, ...]
+
+
+def _function(name: str):
+    """A function of solera.weights, which itself imports this module."""
+    return getattr(importlib.import_module("solera.weights"), name)
+
+
+def _numbers(owner: object, name: str, value: Any) -> None:
+    """Turn a field that holds a list of numbers into a tuple of floats, which hashes."""
+    if value is None:
+        return
+    try:
+        found = tuple(float(v) for v in value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a list of numbers, got {value!r}") from None
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"{name}: expected finite numbers, one a model, got {value!r}")
+    object.__setattr__(owner, name, found)
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What all methods have. A subclass overrides `merge_tensor`, and `tiling` where a part of a tensor can be
+    merged without the rest.
+    """
+
+    uses_base: ClassVar[bool] = False
+    # Whether the models may change places (with their weights); what draws random numbers for model k may not.
+    symmetric: ClassVar[bool] = True
+    # Memory a call takes besides its inputs and its result, in elements of the accumulator an element and model.
+    scratch: ClassVar[float] = 0.0
+
+    def merge_tensor(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+        *,
+        seed: int = 0,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The merged tensor `name`, in out_dtype (default: the promoted dtype); `out` may be written and returned."""
+        raise NotImplementedError
+
+    def tiling(self, shape: Sequence[int]) -> Tiling:
+        """Which parts of a tensor can be merged alone: any elements, whole rows, or only all of it."""
+        return "whole"
+
+    def models(self, count: int) -> tuple[int, ...]:
+        """Which of the K models are read."""
+        return tuple(range(count))
+
+    def reads_base(self, count: int) -> bool:
+        """Whether the base is read for K models."""
+        return self.uses_base
+
+    def check(self, count: int, base: bool) -> None:
+        """An error if the method does not fit K models, with or without a base."""
+        if self.uses_base and not base:
+            raise ValueError(f"base: {self!r} needs one, got None")
+        weights = getattr(self, "weights", None)
+        if weights is not None and len(weights) != count:
+            raise ValueError(
+                f"weights: expected {count}, one for each model, got {len(weights)} in {self!r}"
+            )
+
+    def permuted(self, order: Sequence[int]) -> Method:
+        """The same method for the models in another order."""
+        weights = getattr(self, "weights", None)
+        if weights is None:
+            return self
+        return replace(self, weights=tuple(weights[i] for i in order))  # type: ignore[call-arg]
+
+    def _mean_weights(self, count: int) -> list[float]:
+        return list(getattr(self, "weights", None) or [1 / count] * count)
+
+
+def _alike(
+    tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """All in the promoted dtype, or in the result's where that is wider."""
+    dtype = tensors[0].dtype
+    for t in (*tensors[1:], *(() if base is None else (base,))):
+        dtype = torch.promote_types(dtype, t.dtype)
+    if out_dtype is not None:
+        dtype = torch.promote_types(dtype, out_dtype)
+    return [t.to(dtype) for t in tensors], None if base is None else base.to(dtype)
+
+
+# ---- elementwise -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linear(Method):
+    """sum_k w_k W_k, by default the mean; with `normalize` the weights are divided by their sum."""
+
+    weights: Numbers | None = None
+    normalize: bool = True
+
+    def __post_init__(self):
+        _numbers(self, "weights", self.weights)
+        if self.normalize and self.weights is not None and sum(self.weights) == 0:
+            raise ValueError(
+                f"weights: they add up to zero and cannot be normalized: {self.weights}"
+            )
+
+    def tiling(self, shape):
+        return "elements"
+
+    def coefficients(self, count: int) -> list[float]:
+        weights = self.weights or (1.0,) * count
+        total = math.fsum(weights) if self.normalize else 1.0
+        return [w / total for w in weights]
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        return _lincomb(tensors, self.coefficients(len(tensors)), None, out_dtype, out)
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(Method):
+    """base + sum_k w_k (W_k - base). A single number is the weight of every model."""
+
+    weights: Numbers | float
+    uses_base: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not isinstance(self.weights, int | float):
+            _numbers(self, "weights", self.weights)
+
+    def tiling(self, shape):
+        return "elements"
+
+    def check(self, count, base):
+        if isinstance(self.weights, tuple):
+            super().check(count, base)
+        elif not base:
+            raise ValueError(f"base: {self!r} needs one, got None")
+
+    def permuted(self, order):
+        return super().permuted(order) if isinstance(self.weights, tuple) else self
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        weights = self.weights
+        if not isinstance(weights, tuple):
+            weights = (float(weights),) * len(tensors)
+        return _lincomb(tensors, list(weights), base, out_dtype, out)
+
+
+def _lincomb(tensors, coefficients, base, out_dtype, out):
+    if out is None:
+        return _function("lincomb")(tensors, coefficients, base=base, out_dtype=out_dtype)
+    return _function("lincomb")(tensors, coefficients, base=base, out=out)
+
+
+@dataclass(frozen=True)
+class Copy(Method):
+    """The tensor of one model, as it is. `index` counts the models in the order given."""
+
+    index: int = 0
+    symmetric: ClassVar[bool] = False
+
+    def tiling(self, shape):
+        return "elements"
+
+    def models(self, count):
+        return (self.index,)
+
+    def check(self, count, base):
+        if not isinstance(self.index, int) or not 0 <= self.index < count:
+            raise ValueError(
+                f"index: expected 0 to {count - 1} for {count} models, got {self.index!r}"
+            )
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        return _cast(tensors[0], out_dtype, out)
+
+
+@dataclass(frozen=True)
+class FromBase(Method):
+    """The base's tensor, as it is."""
+
+    uses_base: ClassVar[bool] = True
+
+    def tiling(self, shape):
+        return "elements"
+
+    def models(self, count):
+        return ()
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        return _cast(base, out_dtype, out)
+
+
+def _cast(t: Tensor, out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+    return t.to(out_dtype or t.dtype) if out is None else out.copy_(t)
+
+
+@dataclass(frozen=True)
+class Same(Method):
+    """The common value of all models: what integer and boolean tensors get. Differing values are an error."""
+
+    def tiling(self, shape):
+        return "elements"
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        first = tensors[0]
+        for k, t in enumerate(tensors[1:], 1):
+            if not torch.equal(_bits(t), _bits(first)):
+                raise ValueError(
+                    f"{name!r} is of {first.dtype}, which is not averaged, and differs between models 0 and "
+                    f"{k}: make them equal, or give it a rule (Copy(0) or FromBase())"
+                )
+        return first
+
+
+def _bits(t: Tensor) -> Tensor:
+    """Bytes: torch.equal knows no float8, and takes no NaN for equal."""
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+# ---- geometry ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Geometric(Method):
+    """What may work row by row: `dim=-1` makes each row (the last dimension) a vector of its own."""
+
+    scratch: ClassVar[float] = 1.0
+
+    def tiling(self, shape):
+        return "rows" if getattr(self, "dim", None) == -1 and len(shape) > 1 else "whole"
+
+
+@dataclass(frozen=True)
+class Slerp(_Geometric):
+    """Spherical interpolation from the first model (t = 0) to the second (t = 1), or from the base to one model."""
+
+    t: float = 0.5
+    dim: int | None = None
+    colinear: float = 0.9995
+    symmetric: ClassVar[bool] = False
+
+    def check(self, count, base):
+        if count != 2 and not (count == 1 and base):
+            raise ValueError(f"models: Slerp takes two, or one and a base, got {count}")
+
+    def reads_base(self, count):
+        return count == 1
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        ends = [base, *tensors] if len(tensors) == 1 else list(tensors)
+        (a, b), _ = _alike(ends, None, out_dtype)
+        return _function("slerp")(a, b, self.t, dim=self.dim, colinear=self.colinear)
+
+
+@dataclass(frozen=True)
+class MultiSlerp(_Geometric):
+    """Weighted spherical mean of K models, by default with equal weights, in the tangent space of their mean."""
+
+    weights: Numbers | None = None
+
+    def __post_init__(self):
+        _numbers(self, "weights", self.weights)
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, _ = _alike(tensors, None, out_dtype)
+        return _function("multi_slerp")(tensors, self._mean_weights(len(tensors)))
+
+
+@dataclass(frozen=True)
+class Karcher(_Geometric):
+    """Karcher (Fréchet) mean of K models on the sphere, by default with equal weights."""
+
+    weights: Numbers | None = None
+
+    def __post_init__(self):
+        _numbers(self, "weights", self.weights)
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, _ = _alike(tensors, None, out_dtype)
+        return _function("karcher_mean")(tensors, self._mean_weights(len(tensors)))
+
+
+@dataclass(frozen=True)
+class ModelStock(_Geometric):
+    """Model Stock: the mean of K fine-tuned models drawn towards the base by the angle between them."""
+
+    dim: int | None = None
+    uses_base: ClassVar[bool] = True
+
+    def check(self, count, base):
+        super().check(count, base)
+        if count < 2:
+            raise ValueError(f"models: ModelStock takes at least two, got {count}")
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, base = _alike(tensors, base, out_dtype)
+        merged, _ = _function("model_stock")(base, tensors, dim=self.dim)
+        return merged
+
+
+# ---- task vectors, trimmed or thinned ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TaskVectors(Method):
+    uses_base: ClassVar[bool] = True
+    scratch: ClassVar[float] = 2.0
+
+    def __post_init__(self):
+        _numbers(self, "weights", getattr(self, "weights", None))
+        _within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
+
+
+@dataclass(frozen=True)
+class Ties(_TaskVectors):
+    """TIES: of each task vector the largest `density`, a sign by majority, the mean of those that agree.
+
+    The threshold is taken tensor by tensor. Weights default to 1.
+    """
+
+    density: float = 0.2
+    weights: Numbers | None = None
+    elect: str = "mass"
+    weigh: str = "before"
+    divide: str = "weight"
+    scale: float = 1.0
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, base = _alike(tensors, base, out_dtype)
+        weights = list(self.weights or [1.0] * len(tensors))
+        options = {key: getattr(self, key) for key in ("elect", "weigh", "divide", "scale")}
+        return _function("ties")(base, tensors, weights, self.density, **options)
+
+
+@dataclass(frozen=True)
+class Dare(_TaskVectors):
+    """DARE: each element of a task vector kept with probability `density` and rescaled. Weights default to 1 / K."""
+
+    density: float = 0.5
+    weights: Numbers | None = None
+    rescale: str = "probability"
+    symmetric: ClassVar[bool] = False
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, base = _alike(tensors, base, out_dtype)
+        named = [{name: t} for t in tensors]  # the mask is drawn by name
+        weights = self._mean_weights(len(tensors))
+        options = {"rescale": self.rescale, "seed": seed}
+        return _function("dare")({name: base}, named, weights, self.density, **options)[name]
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(_TaskVectors):
+    """Model breadcrumbs: each task vector without its largest `gamma` and its smallest elements, `density` of it
+    kept. Weights default to 1 / K.
+    """
+
+    density: float = 0.9
+    gamma: float = 0.01
+    weights: Numbers | None = None
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, base = _alike(tensors, base, out_dtype)
+        weights = self._mean_weights(len(tensors))
+        return _function("breadcrumbs")(base, tensors, weights, self.density, gamma=self.gamma)
+
+
+@dataclass(frozen=True)
+class Della(_TaskVectors):
+    """DELLA: elements dropped at random, larger ones less often (`density` +- `epsilon` / 2 by rank in the row).
+
+    Weights default to 1 / K.
+    """
+
+    density: float = 0.5
+    epsilon: float = 0.2
+    weights: Numbers | None = None
+    symmetric: ClassVar[bool] = False
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, base = _alike(tensors, base, out_dtype)
+        named = [{name: t} for t in tensors]
+        weights = self._mean_weights(len(tensors))
+        options = {"epsilon": self.epsilon, "seed": seed}
+        return _function("della")({name: base}, named, weights, self.density, **options)[name]
+
+
+# ---- rules -------------------------------------------------------------------------------------------
+
+SPELLED: dict[str, type[Method]] = {
+    "linear": Linear, "task_arithmetic": TaskArithmetic, "slerp": Slerp, "multi_slerp": MultiSlerp,
+    "karcher": Karcher, "model_stock": ModelStock, "ties": Ties, "dare": Dare,
+    "breadcrumbs": Breadcrumbs, "della": Della, "copy": Copy, "base": FromBase,
+}  # fmt: skip
+
+Rule = tuple[str, Method]
+Rules = Sequence[Rule] | Mapping[str, Method]
+
+
+def checked_rules(rules: Rules) -> tuple[Rule, ...]:
+    """Rules as (pattern, method) pairs, every pattern compiled once so that a wrong one is named here."""
+    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
+    for pair in pairs:
+        if not isinstance(pair, tuple | list) or len(pair) != 2:
+            raise TypeError(f"rules: expected pairs (pattern, method), got {pair!r}")
+        pattern, method = pair
+        if not isinstance(pattern, str) or not isinstance(method, Method):
+            raise TypeError(
+                f"rules: expected a pattern and a method such as Linear(), got {pair!r}"
+            )
+        _compiled(pattern)
+    return tuple((pattern, method) for pattern, method in pairs)
+
+
+def _compiled(pattern: str) -> re.Pattern[str]:
+    regex = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
+    try:
+        return re.compile(regex)
+    except re.error as error:
+        raise ValueError(f"rules: {pattern!r} is no regular expression ({error})") from None
+
+
+def chosen(name: str, method: Method, rules: Iterable[Rule]) -> tuple[Method, str | None]:
+    """(method, pattern) for a tensor: the first rule whose pattern matches the whole name, else the default.
+
+    A pattern is a glob (`*` any text, dots too; `?`, `[abc]`) or, after `re:`, a regular expression.
+    """
+    for pattern, special in rules:
+        if _compiled(pattern).fullmatch(name):
+            return special, pattern
+    return method, None
+
+
+def parse(text: str, **more: Any) -> Method:
+    """A method from text: `linear`, `ties(density=0.3)`, `slerp(t=0.2)`. `more` are further arguments."""
+    try:
+        node = ast.parse(text.strip(), mode="eval").body
+        call = node if isinstance(node, ast.Call) else None
+        called = call.func if call else node
+        if not isinstance(called, ast.Name) or (call and call.args):
+            raise ValueError
+        values = {str(k.arg): ast.literal_eval(k.value) for k in (call.keywords if call else ())}
+    except (ValueError, SyntaxError):
+        raise ValueError(f"method: expected name or name(argument=value), got {text!r}") from None
+    kind = SPELLED.get(called.id.replace("-", "_"))
+    if kind is None:
+        raise ValueError(f"method: expected one of {', '.join(SPELLED)}, got {called.id!r}")
+    known = [f.name for f in fields(kind)]
+    values.update({key: value for key, value in more.items() if value is not None})
+    for key in values:
+        if key not in known:
+            takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
+            raise ValueError(f"method: {called.id} has no argument {key!r}; {takes}")
+    try:
+        return kind(**values)
+    except TypeError as error:
+        raise ValueError(f"method: {called.id}: {error}") from None
