@@ -74,7 +74,11 @@ class Build(build_ext):
                 raise
             self._output(ext).unlink(missing_ok=True)
             what = "the CPU kernels were" if kernels else "solera._io was"
-            instead = "on its Python reference and Triton" if kernels else "merge_files on Python's threads"
+            instead = (
+                "on its Python reference and Triton"
+                if kernels
+                else "merge_files on Python's threads"
+            )
             print(
                 f"warning: {what} not built ({error}); solera will run {instead}", file=sys.stderr
             )
@@ -88,11 +92,22 @@ class Build(build_ext):
             return
         sanitize = ["-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
         sanitize += ["-fno-sanitize=null,vptr,object-size", "-fno-sanitize-recover=undefined"]
-        command = [compiler(), "-std=c++17", "-O2", "-fPIC", "-fvisibility=hidden", "-Wall", "-pthread"]
+        command = [
+            compiler(),
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-pthread",
+        ]
         command += sanitize if flag("SOLERA_SANITIZE") else []
         # Both directories hold system headers: no warnings from there.
         command += [f"-isystem{p}" for p in (*include_paths(), sysconfig.get_path("include"))]
-        command += ["-shared", *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else [])]
+        command += [
+            "-shared",
+            *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
+        ]
         output.parent.mkdir(parents=True, exist_ok=True)
         part = output.with_suffix(".part")
         print(f"compiling {ext.sources[0]}", flush=True)

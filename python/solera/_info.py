@@ -159,7 +159,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             [
                 (
                     "merge_files",
-                    f"threads in C++, {ring['path']}" if ring["path"] else f"threads in Python: {ring['error']}",
+                    f"threads in C++, {ring['path']}"
+                    if ring["path"]
+                    else f"threads in Python: {ring['error']}",
                 )
             ],
         ),

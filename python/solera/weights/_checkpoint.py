@@ -75,7 +75,9 @@ class Checkpoint:
             return
         for path in sorted(self.folder.rglob("*")):
             relative = path.relative_to(self.folder)
-            hidden = any(part.startswith(".") and part != ".gitattributes" for part in relative.parts)
+            hidden = any(
+                part.startswith(".") and part != ".gitattributes" for part in relative.parts
+            )
             weights = path.suffix in _OTHER_WEIGHTS or path.name.endswith(INDEX)
             if path.is_file() and not hidden and not weights:
                 yield path, relative

@@ -15,7 +15,8 @@ from .._check import FLOATS
 from . import _safetensors
 from ._checkpoint import INDEX, Checkpoint, Located
 from ._ring import PAGE, up
-from .methods import Copy, FromBase, Method, Rule, Same, Tiling, chosen
+from ._rules import Rule, chosen
+from .methods import Copy, FromBase, Method, Same, Tiling
 
 MiB = 1 << 20
 # What a run holds besides the ring and a method's temporaries: stacks and heaps of threads, plan, headers.
@@ -32,7 +33,9 @@ def size_in_bytes(value: int | str) -> int:
     """Bytes from a number or from text such as "4GiB", "512 MB"."""
     if isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    match = re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+    match = (
+        re.fullmatch(r"\s*([0-9.]+)\s*([a-zA-Z]*)\s*", value) if isinstance(value, str) else None
+    )
     if match and match[2].lower() in _UNITS:
         try:
             return int(float(match[1]) * _UNITS[match[2].lower()])
@@ -44,11 +47,9 @@ def size_in_bytes(value: int | str) -> int:
 def spelled_size(value: float) -> str:
     for unit in ("B", "KB", "MB", "GB"):
         if value < 1000:
-            break
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1000
-    else:
-        unit = "TB"
-    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+    return f"{value:.1f} TB"
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,11 @@ class Item:
         if self.tiling == "elements":
             return 1
         return math.prod(self.shape[1:]) if self.tiling == "rows" else self.elements
+
+    @property
+    def widest(self) -> int:
+        """The largest element that goes in or out, in bytes."""
+        return max(self.dtype.itemsize, *(i.dtype.itemsize for i in self.inputs))
 
     def room(self, elements: int) -> int:
         """Bytes of the ring that a tile takes: whole pages around every piece."""
@@ -164,7 +170,7 @@ class Plan:
         if row == item.elements:
             return row
         element = sum(i.dtype.itemsize for i in item.inputs) + item.dtype.itemsize
-        widest = max(i.dtype.itemsize for i in (*item.inputs, item))
+        widest = item.widest
         most = min(self.ring // 4 // element, _TILE // widest)
         return max(row, most // row * row, min(item.elements, _LEAST_TILE // widest // row * row))
 
@@ -172,15 +178,17 @@ class Plan:
         """The ring and the tiles within the budget, or an error naming the tensor that needs more."""
         floor = {}  # what each item takes at least
         for item in self.items:
-            widest = max((i.dtype.itemsize for i in (*item.inputs, item)), default=1)
-            least = min(item.elements, max(item.row, _LEAST_TILE // widest // item.row * item.row))
+            rows = _LEAST_TILE // item.widest // max(item.row, 1)
+            least = min(item.elements, max(1, rows) * item.row)
             floor[item.name] = (item.room(least), item.scratch(least))
         room = max((r for r, _ in floor.values()), default=0)
         scratch = max((s for _, s in floor.values()), default=0)
         needed = OVERHEAD + max(room, _LEAST_RING) + scratch
         if needed > self.budget:
             largest = max(self.items, key=lambda item: sum(floor[item.name]))
-            whole = "" if largest.row < largest.elements or largest.elements <= 1 else " in one piece"
+            whole = (
+                "" if largest.row < largest.elements or largest.elements <= 1 else " in one piece"
+            )
             raise ValueError(
                 f"max_memory: {largest.name!r} {largest.shape} with {largest.spelled!r} is merged{whole}; this "
                 f"needs {spelled_size(needed)}, the budget is {spelled_size(self.budget)} (give a larger one, or "
@@ -201,7 +209,10 @@ class Plan:
 
     def lines(self, most: int = 40) -> list[str]:
         groups = Counter((item.spelled, item.rule) for item in self.items)
-        out = [f"output   {self.output}" + (f" ({len(self.files)} files)" if len(self.files) > 1 else "")]
+        out = [
+            f"output   {self.output}"
+            + (f" ({len(self.files)} files)" if len(self.files) > 1 else "")
+        ]
         out += [f"input    {path}" for path in self.inputs]
         out += [f"base     {self.base}"] if self.base is not None else []
         for (method, rule), count in groups.items():
@@ -225,7 +236,13 @@ class Plan:
     def table(self) -> list[tuple[str, str, str, str, str]]:
         """(name, shape, dtype, method, note) of every tensor."""
         return [
-            (i.name, "x".join(map(str, i.shape)) or "scalar", str(i.dtype)[6:], repr(i.spelled), i.note)
+            (
+                i.name,
+                "x".join(map(str, i.shape)) or "scalar",
+                str(i.dtype)[6:],
+                repr(i.spelled),
+                i.note,
+            )
             for i in self.items
         ]
 
@@ -238,7 +255,9 @@ def _listed(what: str, names: Sequence[str], most: int = 8) -> str:
     return f"{what} {', '.join(map(repr, names[:most]))}{more}"
 
 
-def disagreements(models: Sequence[Checkpoint], labels: Sequence[str], like: Checkpoint, like_label: str) -> list[str]:  # noqa: E501  # fmt: skip
+def disagreements(
+    models: Sequence[Checkpoint], labels: Sequence[str], like: Checkpoint, like_label: str
+) -> list[str]:
     """In words: what each model lacks, has beside, and has in another shape than `like`."""
     found = []
     for label, model in zip(labels, models):
@@ -252,7 +271,9 @@ def disagreements(models: Sequence[Checkpoint], labels: Sequence[str], like: Che
             parts.append(_listed("lacks", missing) + (f" ({'; '.join(hints)})" if hints else ""))
         if extra:
             hints = [f"{n!r} is tied to {model.tied[n]!r} here" for n in extra if n in model.tied]
-            parts.append(_listed("has besides", extra) + (f" ({'; '.join(hints)})" if hints else ""))
+            parts.append(
+                _listed("has besides", extra) + (f" ({'; '.join(hints)})" if hints else "")
+            )
         for name, item in like.tensors.items():
             other = model.find(name)
             if other is not None and other.shape != item.shape:
@@ -288,7 +309,10 @@ def make_items(
     if copied:
         notes.append(_listed(f"copied from {like_label}:", copied))
     tied = {gone: kept for gone, kept in like.tied.items() if gone in like.tensors}
-    notes += [f"{gone!r} is tied to {kept!r} in {like_label}; both are written" for gone, kept in tied.items()]
+    notes += [
+        f"{gone!r} is tied to {kept!r} in {like_label}; both are written"
+        for gone, kept in tied.items()
+    ]
     return items, notes
 
 

@@ -12,7 +12,9 @@ _LINE_EVERY = 10.0  # seconds between lines of text
 
 
 @contextmanager
-def progress_bar(wanted: bool | Callback | None, total: int, title: str) -> Iterator[Callable[[int], None]]:  # noqa: E501  # fmt: skip
+def progress_bar(
+    wanted: bool | Callback | None, total: int, title: str
+) -> Iterator[Callable[[int], None]]:
     """A function to be told of every further piece of bytes.
 
     wanted: None draws a bar if standard error is a terminal, True without one prints lines, False is silent;

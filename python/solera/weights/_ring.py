@@ -46,7 +46,9 @@ class Arena:
         begin = 0
         if self._pieces:
             first, begin = self._pieces[0][0], self._pieces[-1][1]
-            if begin > first:  # the free parts are the rest of the arena and what lies before `first`
+            if (
+                begin > first
+            ):  # the free parts are the rest of the arena and what lies before `first`
                 if begin + nbytes > self.size:
                     begin = 0
                     if nbytes > first:
@@ -85,8 +87,12 @@ WRITE = getattr(os, "pwritev", lambda fd, views, offset: os.pwrite(fd, views[0],
 class Ring(Protocol):
     """What both forms do. Tickets of reads and of writes are numbered apart; a ticket may stand for several."""
 
-    def read(self, ticket: int, path: str, fd: int, direct: int, drop: bool, offset: int, length: int, place: int, /) -> None: ...  # noqa: E501  # fmt: skip
-    def write(self, ticket: int, path: str, fd: int, direct: int, offset: int, length: int, place: int, /) -> None: ...  # noqa: E501  # fmt: skip
+    # fmt: off
+    def read(self, ticket: int, path: str, fd: int, direct: int, drop: bool, offset: int, length: int,
+             place: int, /) -> None: ...
+    def write(self, ticket: int, path: str, fd: int, direct: int, offset: int, length: int,
+              place: int, /) -> None: ...
+    # fmt: on
     def wait_read(self, ticket: int, /) -> None: ...
     def wait_write(self, ticket: int, /) -> None: ...
     def written(self, ticket: int, /) -> bool: ...
@@ -134,8 +140,8 @@ class PythonRing:
         if direct >= 0:
             first = down(offset)
             try:
-                want = up(offset + length) - first
-                self._all(READ, path, direct, first, want, place - (offset - first), offset + length - first)  # fmt: skip
+                want, least = up(offset + length) - first, offset + length - first
+                self._all(READ, path, direct, first, want, place - (offset - first), least)
                 return
             except OSError as error:
                 if error.errno != errno.EINVAL:

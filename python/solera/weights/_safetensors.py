@@ -84,7 +84,8 @@ def _entry(path: Any, name: str, item: Any, start: int, size: int) -> Stored:
         )
     if start + end > size:
         raise _fail(
-            path, f"{name!r} ends at byte {start + end}, the file at {size} (cut off in a download?)"
+            path,
+            f"{name!r} ends at byte {start + end}, the file at {size} (cut off in a download?)",
         )
     return Stored(DTYPES[dtype], tuple(shape), start + begin, nbytes)
 

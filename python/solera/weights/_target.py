@@ -72,7 +72,7 @@ class Target:
         self.part.mkdir(exist_ok=True)
         if fcntl is None:
             return
-        self._lock = open(self.part / "lock", "w")  # noqa: SIM115
+        self._lock = open(self.part / "lock", "w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

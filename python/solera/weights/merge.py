@@ -13,8 +13,9 @@ from torch import Tensor
 
 from . import _plan
 from ._checkpoint import Checkpoint, Located, open_checkpoint
+from ._rules import Rules, checked_rules
 from .merge_files import checked_dtype
-from .methods import Method, Rules, checked_rules
+from .methods import Method
 
 
 def merge(
@@ -63,9 +64,7 @@ def merge(
     around = None if base is None else _opened("base", base)
     labels = [f"models[{k}]" for k in range(len(models))]
     dtype = checked_dtype(out_dtype)
-    items, _ = _plan.make_items(
-        opened, labels, around, method, checked_rules(rules), strict, dtype
-    )
+    items, _ = _plan.make_items(opened, labels, around, method, checked_rules(rules), strict, dtype)
     like = opened[0] if around is None else around
     where = None if device is None else torch.device(device)
     result: dict[str, Tensor] = {}

@@ -22,9 +22,10 @@ from ._checkpoint import Checkpoint, Path_, open_checkpoint
 from ._plan import Plan
 from ._progress import Callback, progress_bar
 from ._ring import compiled
+from ._rules import Rules, checked_rules
 from ._stream import Stream
 from ._target import Target
-from .methods import Method, Rules, checked_rules
+from .methods import Method
 
 
 def merge_files(
@@ -95,7 +96,16 @@ def merge_files(
     if type(readers) is not int or readers < 1:
         raise ValueError(f"readers: expected 1 or more, got {readers!r}")
     plan, index_name = _make_plan(
-        models, labels, around, target, method, rules, strict, checked_dtype(out_dtype), seed, max_memory
+        models,
+        labels,
+        around,
+        target,
+        method,
+        rules,
+        strict,
+        checked_dtype(out_dtype),
+        seed,
+        max_memory,
     )
     _refuse_self(plan, target)
     if dry_run:
@@ -126,7 +136,7 @@ def _open(
 def checked_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     """out_dtype by itself or by name, or an error."""
     found = getattr(torch, value, None) if isinstance(value, str) else value
-    if found is not None and found not in FLOATS or (isinstance(value, str) and found is None):
+    if (found is not None and found not in FLOATS) or (isinstance(value, str) and found is None):
         raise ValueError(
             f"out_dtype: expected float32, float64, bfloat16 or float16, got {value!r}"
         )

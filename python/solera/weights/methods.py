@@ -8,13 +8,10 @@ the tensors nor that of the files matters.
 
 from __future__ import annotations
 
-import ast
-import fnmatch
 import importlib
 import math
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -105,15 +102,16 @@ class Method:
         return list(getattr(self, "weights", None) or [1 / count] * count)
 
 
-def _alike(
+def _widened(
     tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
 ) -> tuple[list[Tensor], Tensor | None]:
-    """All in the promoted dtype, or in the result's where that is wider."""
+    """As they are, or in the result's dtype where that is wider than theirs: else it would be rounded twice."""
     dtype = tensors[0].dtype
     for t in (*tensors[1:], *(() if base is None else (base,))):
         dtype = torch.promote_types(dtype, t.dtype)
-    if out_dtype is not None:
-        dtype = torch.promote_types(dtype, out_dtype)
+    if out_dtype is None or torch.promote_types(dtype, out_dtype) == dtype:
+        return list(tensors), base
+    dtype = torch.promote_types(dtype, out_dtype)
     return [t.to(dtype) for t in tensors], None if base is None else base.to(dtype)
 
 
@@ -253,12 +251,12 @@ def _bits(t: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Geometric(Method):
-    """What may work row by row: `dim=-1` makes each row (the last dimension) a vector of its own."""
+    """What may work row by row: with `dim=0` each row of the first dimension is a vector of its own."""
 
     scratch: ClassVar[float] = 1.0
 
     def tiling(self, shape):
-        return "rows" if getattr(self, "dim", None) == -1 and len(shape) > 1 else "whole"
+        return "rows" if getattr(self, "dim", None) == 0 and len(shape) > 1 else "whole"
 
 
 @dataclass(frozen=True)
@@ -279,7 +277,7 @@ class Slerp(_Geometric):
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         ends = [base, *tensors] if len(tensors) == 1 else list(tensors)
-        (a, b), _ = _alike(ends, None, out_dtype)
+        (a, b), _ = _widened(ends, None, out_dtype)
         return _function("slerp")(a, b, self.t, dim=self.dim, colinear=self.colinear)
 
 
@@ -293,7 +291,7 @@ class MultiSlerp(_Geometric):
         _numbers(self, "weights", self.weights)
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, _ = _alike(tensors, None, out_dtype)
+        tensors, _ = _widened(tensors, None, out_dtype)
         return _function("multi_slerp")(tensors, self._mean_weights(len(tensors)))
 
 
@@ -307,7 +305,7 @@ class Karcher(_Geometric):
         _numbers(self, "weights", self.weights)
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, _ = _alike(tensors, None, out_dtype)
+        tensors, _ = _widened(tensors, None, out_dtype)
         return _function("karcher_mean")(tensors, self._mean_weights(len(tensors)))
 
 
@@ -324,7 +322,7 @@ class ModelStock(_Geometric):
             raise ValueError(f"models: ModelStock takes at least two, got {count}")
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _alike(tensors, base, out_dtype)
+        tensors, base = _widened(tensors, base, out_dtype)
         merged, _ = _function("model_stock")(base, tensors, dim=self.dim)
         return merged
 
@@ -341,12 +339,20 @@ class _TaskVectors(Method):
         _numbers(self, "weights", getattr(self, "weights", None))
         _within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
 
+    def _drawn(self, function, name, tensors, base, out_dtype, seed, options):
+        """By name, as state dicts of one entry, since masks are drawn by name."""
+        tensors, base = _widened(tensors, base, out_dtype)
+        numbers = (self._mean_weights(len(tensors)), getattr(self, "density"))  # noqa: B009
+        chosen = {key: getattr(self, key) for key in options}
+        named = [{name: t} for t in tensors]
+        return _function(function)({name: base}, named, *numbers, seed=seed, **chosen)[name]
+
 
 @dataclass(frozen=True)
 class Ties(_TaskVectors):
     """TIES: of each task vector the largest `density`, a sign by majority, the mean of those that agree.
 
-    The threshold is taken tensor by tensor. Weights default to 1.
+    The threshold is taken tensor by tensor. Weights default to 1. Arguments as of `solera.weights.ties`.
     """
 
     density: float = 0.2
@@ -357,7 +363,7 @@ class Ties(_TaskVectors):
     scale: float = 1.0
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _alike(tensors, base, out_dtype)
+        tensors, base = _widened(tensors, base, out_dtype)
         weights = list(self.weights or [1.0] * len(tensors))
         options = {key: getattr(self, key) for key in ("elect", "weigh", "divide", "scale")}
         return _function("ties")(base, tensors, weights, self.density, **options)
@@ -365,124 +371,56 @@ class Ties(_TaskVectors):
 
 @dataclass(frozen=True)
 class Dare(_TaskVectors):
-    """DARE: each element of a task vector kept with probability `density` and rescaled. Weights default to 1 / K."""
+    """DARE: each element of a task vector kept with probability `density` and rescaled. Weights default to 1 / K.
+
+    Arguments as of `solera.weights.dare`.
+    """
 
     density: float = 0.5
     weights: Numbers | None = None
-    rescale: str = "probability"
+    rescale: str | None = "probability"
+    consensus: str | None = None
+    scale: float = 1.0
     symmetric: ClassVar[bool] = False
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _alike(tensors, base, out_dtype)
-        named = [{name: t} for t in tensors]  # the mask is drawn by name
-        weights = self._mean_weights(len(tensors))
-        options = {"rescale": self.rescale, "seed": seed}
-        return _function("dare")({name: base}, named, weights, self.density, **options)[name]
+        options = ("rescale", "consensus", "scale")
+        return self._drawn("dare", name, tensors, base, out_dtype, seed, options)
 
 
 @dataclass(frozen=True)
 class Breadcrumbs(_TaskVectors):
-    """Model breadcrumbs: each task vector without its largest `gamma` and its smallest elements, `density` of it
-    kept. Weights default to 1 / K.
+    """Model breadcrumbs: each task vector without its `gamma` largest elements, and of the rest the `density`
+    largest. Weights default to 1 / K. Arguments as of `solera.weights.breadcrumbs`.
     """
 
     density: float = 0.9
     gamma: float = 0.01
     weights: Numbers | None = None
+    consensus: str | None = None
+    scale: float = 1.0
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _alike(tensors, base, out_dtype)
-        weights = self._mean_weights(len(tensors))
-        return _function("breadcrumbs")(base, tensors, weights, self.density, gamma=self.gamma)
+        tensors, base = _widened(tensors, base, out_dtype)
+        numbers = (self._mean_weights(len(tensors)), self.density, self.gamma)
+        options = {"consensus": self.consensus, "scale": self.scale}
+        return _function("breadcrumbs")(base, tensors, *numbers, **options)
 
 
 @dataclass(frozen=True)
 class Della(_TaskVectors):
-    """DELLA: elements dropped at random, larger ones less often (`density` +- `epsilon` / 2 by rank in the row).
-
-    Weights default to 1 / K.
+    """DELLA: elements dropped at random, smaller ones more often: kept with probability density - epsilon to
+    density + epsilon by rank in the row. Weights default to 1 / K. Arguments as of `solera.weights.della`.
     """
 
     density: float = 0.5
-    epsilon: float = 0.2
+    epsilon: float = 0.1
     weights: Numbers | None = None
+    rescale: str | None = "probability"
+    consensus: str | None = "mass"
+    scale: float = 1.0
     symmetric: ClassVar[bool] = False
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _alike(tensors, base, out_dtype)
-        named = [{name: t} for t in tensors]
-        weights = self._mean_weights(len(tensors))
-        options = {"epsilon": self.epsilon, "seed": seed}
-        return _function("della")({name: base}, named, weights, self.density, **options)[name]
-
-
-# ---- rules -------------------------------------------------------------------------------------------
-
-SPELLED: dict[str, type[Method]] = {
-    "linear": Linear, "task_arithmetic": TaskArithmetic, "slerp": Slerp, "multi_slerp": MultiSlerp,
-    "karcher": Karcher, "model_stock": ModelStock, "ties": Ties, "dare": Dare,
-    "breadcrumbs": Breadcrumbs, "della": Della, "copy": Copy, "base": FromBase,
-}  # fmt: skip
-
-Rule = tuple[str, Method]
-Rules = Sequence[Rule] | Mapping[str, Method]
-
-
-def checked_rules(rules: Rules) -> tuple[Rule, ...]:
-    """Rules as (pattern, method) pairs, every pattern compiled once so that a wrong one is named here."""
-    pairs = list(rules.items()) if isinstance(rules, Mapping) else list(rules)
-    for pair in pairs:
-        if not isinstance(pair, tuple | list) or len(pair) != 2:
-            raise TypeError(f"rules: expected pairs (pattern, method), got {pair!r}")
-        pattern, method = pair
-        if not isinstance(pattern, str) or not isinstance(method, Method):
-            raise TypeError(
-                f"rules: expected a pattern and a method such as Linear(), got {pair!r}"
-            )
-        _compiled(pattern)
-    return tuple((pattern, method) for pattern, method in pairs)
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    regex = pattern[3:] if pattern.startswith("re:") else fnmatch.translate(pattern)
-    try:
-        return re.compile(regex)
-    except re.error as error:
-        raise ValueError(f"rules: {pattern!r} is no regular expression ({error})") from None
-
-
-def chosen(name: str, method: Method, rules: Iterable[Rule]) -> tuple[Method, str | None]:
-    """(method, pattern) for a tensor: the first rule whose pattern matches the whole name, else the default.
-
-    A pattern is a glob (`*` any text, dots too; `?`, `[abc]`) or, after `re:`, a regular expression.
-    """
-    for pattern, special in rules:
-        if _compiled(pattern).fullmatch(name):
-            return special, pattern
-    return method, None
-
-
-def parse(text: str, **more: Any) -> Method:
-    """A method from text: `linear`, `ties(density=0.3)`, `slerp(t=0.2)`. `more` are further arguments."""
-    try:
-        node = ast.parse(text.strip(), mode="eval").body
-        call = node if isinstance(node, ast.Call) else None
-        called = call.func if call else node
-        if not isinstance(called, ast.Name) or (call and call.args):
-            raise ValueError
-        values = {str(k.arg): ast.literal_eval(k.value) for k in (call.keywords if call else ())}
-    except (ValueError, SyntaxError):
-        raise ValueError(f"method: expected name or name(argument=value), got {text!r}") from None
-    kind = SPELLED.get(called.id.replace("-", "_"))
-    if kind is None:
-        raise ValueError(f"method: expected one of {', '.join(SPELLED)}, got {called.id!r}")
-    known = [f.name for f in fields(kind)]
-    values.update({key: value for key, value in more.items() if value is not None})
-    for key in values:
-        if key not in known:
-            takes = f"it takes {', '.join(known)}" if known else "it takes no arguments"
-            raise ValueError(f"method: {called.id} has no argument {key!r}; {takes}")
-    try:
-        return kind(**values)
-    except TypeError as error:
-        raise ValueError(f"method: {called.id}: {error}") from None
+        options = ("epsilon", "rescale", "consensus", "scale")
+        return self._drawn("della", name, tensors, base, out_dtype, seed, options)
