@@ -72,7 +72,8 @@ def chosen(name: str, method: Method, rules: Iterable[Rule]) -> tuple[Method, st
 def parse(text: str, **more: Any) -> Method:
     """A method from text: `linear`, `ties(density=0.3)`, `slerp(t=0.2)`. `more` are further arguments."""
     try:
-        node = ast.parse(text.strip(), mode="eval").body
+        spelled, bracket, rest = text.strip().partition("(")
+        node = ast.parse(spelled.replace("-", "_") + bracket + rest, mode="eval").body
         call = node if isinstance(node, ast.Call) else None
         called = call.func if call else node
         if not isinstance(called, ast.Name) or (call and call.args):
@@ -80,7 +81,7 @@ def parse(text: str, **more: Any) -> Method:
         values = {str(k.arg): ast.literal_eval(k.value) for k in (call.keywords if call else ())}
     except (ValueError, SyntaxError):
         raise ValueError(f"method: expected name or name(argument=value), got {text!r}") from None
-    kind = SPELLED.get(called.id.replace("-", "_"))
+    kind = SPELLED.get(called.id)
     if kind is None:
         raise ValueError(f"method: expected one of {', '.join(SPELLED)}, got {called.id!r}")
     known = [f.name for f in fields(kind)]
