@@ -20,7 +20,7 @@ from .methods import Copy, FromBase, Method, Same, Tiling
 
 MiB = 1 << 20
 # What a run holds besides the ring and a method's temporaries: stacks and heaps of threads, plan, headers.
-OVERHEAD = 40 * MiB
+OVERHEAD = 32 * MiB
 _TILE = 8 * MiB  # of one model; more gains nothing
 _LEAST_TILE = 64 << 10
 _LEAST_RING = 8 * MiB
@@ -104,9 +104,10 @@ class Item:
         if isinstance(self.method, Copy | FromBase | Same):
             return 0
         wide = 8 if torch.float64 in {self.dtype, *(i.dtype for i in self.inputs)} else 4
-        copies = any(i.dtype != self.dtype for i in self.inputs) and self.tiling != "elements"
-        own = self.method.scratch * len(self.sources) + (len(self.inputs) if copies else 0)
-        return int(elements * wide * (own + (0 if self.tiling == "elements" else 1)))
+        own = self.method.scratch(len(self.sources))
+        if self.tiling != "elements":  # the result before it is in place, and inputs in a wider dtype
+            own += 1 + (len(self.inputs) if any(i.dtype != self.dtype for i in self.inputs) else 0)
+        return int(elements * wide * own)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .._registry import compiled_library
+
 Tiling = Literal["elements", "rows", "whole"]
 Numbers = tuple[float, ...]
 
@@ -53,8 +55,6 @@ class Method:
     uses_base: ClassVar[bool] = False
     # Whether the models may change places (with their weights); what draws random numbers for model k may not.
     symmetric: ClassVar[bool] = True
-    # Memory a call takes besides its inputs and its result, in elements of the accumulator an element and model.
-    scratch: ClassVar[float] = 0.0
 
     def merge_tensor(
         self,
@@ -72,6 +72,10 @@ class Method:
     def tiling(self, shape: Sequence[int]) -> Tiling:
         """Which parts of a tensor can be merged alone: any elements, whole rows, or only all of it."""
         return "whole"
+
+    def scratch(self, count: int) -> float:
+        """Memory a call takes besides its inputs and its result, in accumulators an element."""
+        return 0.0
 
     def models(self, count: int) -> tuple[int, ...]:
         """Which of the K models are read."""
@@ -253,7 +257,8 @@ def _bits(t: Tensor) -> Tensor:
 class _Geometric(Method):
     """What may work row by row: with `dim=0` each row of the first dimension is a vector of its own."""
 
-    scratch: ClassVar[float] = 1.0
+    def scratch(self, count):
+        return 0.5 if compiled_library is not None else 4.0 * count
 
     def tiling(self, shape):
         return "rows" if getattr(self, "dim", None) == 0 and len(shape) > 1 else "whole"
@@ -333,7 +338,8 @@ class ModelStock(_Geometric):
 @dataclass(frozen=True)
 class _TaskVectors(Method):
     uses_base: ClassVar[bool] = True
-    scratch: ClassVar[float] = 2.0
+    def scratch(self, count):
+        return 1.0 if compiled_library is not None else 8.0 * count
 
     def __post_init__(self):
         _numbers(self, "weights", getattr(self, "weights", None))
@@ -420,6 +426,9 @@ class Della(_TaskVectors):
     consensus: str | None = "mass"
     scale: float = 1.0
     symmetric: ClassVar[bool] = False
+
+    def scratch(self, count):
+        return 40.0 + 2.0 * count  # ranks by torch's sort, and their masks
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         options = ("epsilon", "rescale", "consensus", "scale")
