@@ -62,7 +62,10 @@ def test_the_safetensors_package_reads_what_is_written_and_the_other_way_round(t
     assert all(same(ours[name], t) for name, t in tensors.items())
 
 
-@given(st.lists(st.tuples(st.sampled_from(sorted(S.DTYPES)), st.lists(st.integers(0, 5), max_size=3)), max_size=6))  # fmt: skip
+KINDS, SIZES = st.sampled_from(sorted(S.DTYPES)), st.lists(st.integers(0, 5), max_size=3)
+
+
+@given(st.lists(st.tuples(KINDS, SIZES), max_size=6))
 def test_layouts_have_no_holes_and_are_aligned(items):
     described = [(str(i), S.DTYPES[d], tuple(shape)) for i, (d, shape) in enumerate(items)]
     header, places, size = S.layout(described, {})
