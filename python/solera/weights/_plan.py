@@ -105,7 +105,9 @@ class Item:
             return 0
         wide = 8 if torch.float64 in {self.dtype, *(i.dtype for i in self.inputs)} else 4
         own = self.method.scratch(len(self.sources))
-        if self.tiling != "elements":  # the result before it is in place, and inputs in a wider dtype
+        if (
+            self.tiling != "elements"
+        ):  # the result before it is in place, and inputs in a wider dtype
             own += 1 + (len(self.inputs) if any(i.dtype != self.dtype for i in self.inputs) else 0)
         return int(elements * wide * own)
 

@@ -4,6 +4,7 @@ csrc/io/ring.cpp) and the same in Python.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import importlib
@@ -38,6 +39,9 @@ class Arena:
         flags = mmap.MAP_PRIVATE | getattr(mmap, "MAP_ANONYMOUS", mmap.MAP_ANON)
         self.size = up(size)
         self.memory = mmap.mmap(-1, self.size, flags=flags)
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                self.memory.madvise(mmap.MADV_HUGEPAGE)
         self._pieces: deque[list] = deque()  # [begin, end, in use], oldest first
 
     def take(self, nbytes: int) -> int | None:

@@ -338,6 +338,7 @@ class ModelStock(_Geometric):
 @dataclass(frozen=True)
 class _TaskVectors(Method):
     uses_base: ClassVar[bool] = True
+
     def scratch(self, count):
         return 1.0 if compiled_library is not None else 8.0 * count
 
