@@ -295,7 +295,7 @@ def test_opcheck(form):
 
     seed, a = seed_of(), torch.tensor(0.5, device=DEVICE)
     check = torch.library.opcheck
-    for column in (False, True):
+    for column in (False, True) if form == "plain" else (False,):
         check(ops.mixout.default, (make(), make(), seed, 0.5, 0, column))
         check(ops.mixout.default, (make(), None, seed, 0.5, 0, column))
         check(ops.mixout_backward.default, (make(), seed, 0.5, 0, column, True, column))

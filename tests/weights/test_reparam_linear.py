@@ -14,9 +14,9 @@ from solera.weights import masked_linear, masked_weight, mixout, mixout_linear
 
 ops = torch.ops.solera
 # N, I, O: whole rows in a tile, chunks of 512 columns, one past 2048 that no chunk divides, one of each.
-SHAPES = [(5, 24, 7), (3, 1, 1), (16, 512, 40)]
+SHAPES = [(5, 24, 7), (3, 1, 1)]
 if not INTERPRETED:
-    SHAPES += [(70, 1024, 300), (17, 2100, 33), (130, 700, 130)]
+    SHAPES += [(16, 512, 40), (70, 1024, 300), (17, 2100, 33), (130, 700, 130)]
 KINDS = ("element", "column", "mask")
 
 
@@ -165,7 +165,7 @@ def test_opcheck(form):
         return randn(columns, rows).t() if form == "transposed" else randn(columns).expand(rows, columns)
 
     seed = torch.tensor(3, device=DEVICE)
-    for kind in (0, 1, 2):
+    for kind in (0, 1, 2) if form == "plain" else (0,):
         rest = (None if kind == 2 else seed, kind, 0.5, 0)
         x, w, u = make(5, 6), make(4, 6), make(4, 6)
         torch.library.opcheck(ops.reparam_linear.default, (x, w, u, randn(4), *rest))
