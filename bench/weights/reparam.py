@@ -10,8 +10,13 @@ from torch.nn import functional as F
 
 from bench.case import Case, Spec, in_double, step
 from solera.weights import (
-    gradient_dropout, masked_weight, mixout, mixout_linear, sparse_delta_linear, weight_compand,
-)  # fmt: skip
+    gradient_dropout,
+    masked_weight,
+    mixout,
+    mixout_linear,
+    sparse_delta_linear,
+    weight_compand,
+)
 from solera.weights.reparam import kept
 
 SEED, P = 1234, 0.9
@@ -188,4 +193,10 @@ def specs(device) -> Iterator[Spec]:
     for kind in ("arctan", "tanh"):
         yield line("weight_compand", f"fwd+bwd {size}, {kind}", f32,
                    lambda kind=kind: _compand(4096, kind, device))  # fmt: skip
-    yield line("gradient_dropout", size, f32, lambda: _dropout(4096, device), notes=drawn.replace("bernoulli", "rand"))
+    yield line(
+        "gradient_dropout",
+        size,
+        f32,
+        lambda: _dropout(4096, device),
+        notes=drawn.replace("bernoulli", "rand"),
+    )

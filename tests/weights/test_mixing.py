@@ -6,8 +6,13 @@ from function_checks import agrees_with_formula, differentiates
 from helpers import DEVICE, DTYPES, randn
 
 from solera.weights import (
-    coteaching_select, mix_logprobs, nonneg_project_, prefix_mask, softplus_weight, weighted_sum,
-)  # fmt: skip
+    coteaching_select,
+    mix_logprobs,
+    nonneg_project_,
+    prefix_mask,
+    softplus_weight,
+    weighted_sum,
+)
 
 
 def smoothing(g, h, a, s_g=2.0, s_h=1.0):

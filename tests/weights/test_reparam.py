@@ -5,8 +5,17 @@ import math
 import pytest
 import torch
 from helpers import (
-    DEVICE, DTYPES, INTERPRETED, ULP, assert_accurate, double, randn, relative_error,
-)  # fmt: skip
+    DEVICE,
+    DTYPES,
+    INTERPRETED,
+    ULP,
+    assert_accurate,
+    double,
+    randn,
+    relative_error,
+)
+from hypothesis import given
+from hypothesis import strategies as st
 
 import solera
 from solera.weights import gradient_dropout, masked_weight, mixout, weight_compand
@@ -161,6 +170,25 @@ def test_same_bits_for_any_thread_count():
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(x, y) for x, y in zip(found[0], other))
+
+
+@given(
+    shape=st.lists(st.integers(0, 40), max_size=3),
+    p=st.floats(0.01, 1.0),
+    mask=st.sampled_from(["element", "column"]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    value=st.sampled_from([1.0, float("inf"), float("nan"), 1e30, 1e-42]),
+)
+def test_mixout_of_any_shape_and_value(shape, p, mask, seed, value):
+    w, u = randn(shape, grad=True), randn(shape)
+    if w.numel() > 1:
+        w.data.view(-1)[0], u.view(-1)[1] = value, value
+    y = mixout(w, u, p, seed, mask=mask)
+    (dw,) = torch.autograd.grad(y.sum(), w)
+    with solera.backend("reference"):
+        want = mixout(w, u, p, seed, mask=mask)
+        (dwant,) = torch.autograd.grad(want.sum(), w)
+    assert same_bits(y, want) and same_bits(dw, dwant)
 
 
 # ---- masked weights ----------------------------------------------------------------------------------
@@ -327,7 +355,12 @@ def test_compile():
 
     def f(w, u, a):
         y = mixout(w, u, 0.5, 11) + mixout(w, None, 0.3, 5, mask="column")
-        return y + masked_weight(w, u, 0.2) + weight_compand(u, a, 0.4) + weight_compand(w, a, a, "tanh")
+        return (
+            y
+            + masked_weight(w, u, 0.2)
+            + weight_compand(u, a, 0.4)
+            + weight_compand(w, a, a, "tanh")
+        )
 
     torch._dynamo.reset()
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
@@ -342,7 +375,9 @@ def test_torch_func():
     w, u = randn(4, 6, dtype=torch.float64), randn(4, 6, dtype=torch.float64)
     scalar = lambda w: (mixout(w, u, 0.5, 3) * masked_weight(w, u, 0.1)).sum()
     leaf = w.clone().requires_grad_()
-    torch.testing.assert_close(torch.func.grad(scalar)(w), torch.autograd.grad(scalar(leaf), leaf)[0])
+    torch.testing.assert_close(
+        torch.func.grad(scalar)(w), torch.autograd.grad(scalar(leaf), leaf)[0]
+    )
     batch = torch.stack([w, 2 * w])
     shared = torch.vmap(lambda w: mixout(w, u, 0.5, 3))(batch)
     assert torch.equal(shared, torch.stack([mixout(t, u, 0.5, 3) for t in batch]))
@@ -374,7 +409,11 @@ def test_bad_input():
         (lambda: gradient_dropout(w, None, 0.5, 1), TypeError, "other: expected"),
         (lambda: gradient_dropout(w, w, 2.0, 1), ValueError, "rate: expected"),
         (lambda: weight_compand(w, 1.0, 1.0, "sin"), ValueError, "kind: expected one of"),
-        (lambda: weight_compand(w, torch.ones(2, device=DEVICE), 1.0), ValueError, "a: expected one"),
+        (
+            lambda: weight_compand(w, torch.ones(2, device=DEVICE), 1.0),
+            ValueError,
+            "a: expected one",
+        ),
     ]
     for call, error, message in cases:
         with pytest.raises(error, match=message):

@@ -162,7 +162,11 @@ def test_opcheck(form):
     def make(rows, columns):
         if form == "plain":
             return randn(rows, columns)
-        return randn(columns, rows).t() if form == "transposed" else randn(columns).expand(rows, columns)
+        return (
+            randn(columns, rows).t()
+            if form == "transposed"
+            else randn(columns).expand(rows, columns)
+        )
 
     seed = torch.tensor(3, device=DEVICE)
     for kind in (0, 1, 2) if form == "plain" else (0,):
@@ -170,7 +174,8 @@ def test_opcheck(form):
         x, w, u = make(5, 6), make(4, 6), make(4, 6)
         torch.library.opcheck(ops.reparam_linear.default, (x, w, u, randn(4), *rest))
         torch.library.opcheck(
-            ops.reparam_linear_backward.default, (make(5, 4), x, w, u, *rest, True, True, True, True)
+            ops.reparam_linear_backward.default,
+            (make(5, 4), x, w, u, *rest, True, True, True, True),
         )
     args = (make(5, 4), x, w, None, seed, 0, 0.5, 0, False, True, False, False)
     torch.library.opcheck(ops.reparam_linear_backward.default, args)
@@ -207,7 +212,11 @@ def test_bad_input():
         (lambda: mixout_linear(x, w[0], None, 0.5, 1), ValueError, "weight: expected 2 dim"),
         (lambda: mixout_linear(x, w, w.t(), 0.5, 1), ValueError, "anchor: expected shape"),
         (lambda: mixout_linear(x, w, w, 0.5, 1, randn(4)), ValueError, "bias: expected shape"),
-        (lambda: mixout_linear(x.double(), w, w, 0.5, 1), TypeError, "weight: expected torch.float64"),
+        (
+            lambda: mixout_linear(x.double(), w, w, 0.5, 1),
+            TypeError,
+            "weight: expected torch.float64",
+        ),
         (lambda: mixout_linear(x, w, w, -0.5, 1), ValueError, "p: expected"),
         (lambda: mixout_linear(x, w, w, 0.5, "a"), TypeError, "seed: expected"),
         (lambda: masked_linear(x, w, randn(5, 5), 0.5), ValueError, "score: expected shape"),

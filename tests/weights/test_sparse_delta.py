@@ -7,8 +7,11 @@ from torch.nn import functional as F
 
 import solera
 from solera.weights import (
-    sparse_delta_linear, sparse_delta_weight, sparse_nuclear_norm, sparse_select,
-)  # fmt: skip
+    sparse_delta_linear,
+    sparse_delta_weight,
+    sparse_nuclear_norm,
+    sparse_select,
+)
 
 ops = torch.ops.solera
 SHAPES = [(5, 24, 7), (3, 1, 1), (6, 40, 3)]
@@ -120,7 +123,13 @@ def test_gradcheck():
 @pytest.mark.parametrize("form", ["plain", "transposed", "expanded"])
 def test_opcheck(form):
     def turn(t):
-        return t if form == "plain" else t.t().contiguous().t() if form == "transposed" else t[:1].expand_as(t)
+        return (
+            t
+            if form == "plain"
+            else t.t().contiguous().t()
+            if form == "transposed"
+            else t[:1].expand_as(t)
+        )
 
     x, w, index, p, b = (t.detach() for t in make(5, 6, 4))
     x, w, dy = turn(x), turn(w), turn(randn(5, 4))

@@ -58,7 +58,9 @@ def test_erk_density_is_the_papers_formula():
     raw = [sum(s) / n for s, n in zip(shapes, sizes)]
     free = [i for i, a in enumerate(d) if a < 1]
     ratios = [d[i] / raw[i] for i in free]
-    assert max(ratios) - min(ratios) < 1e-12 and all(ratios[0] * raw[i] >= 1 for i in range(4) if i not in free)
+    assert max(ratios) - min(ratios) < 1e-12 and all(
+        ratios[0] * raw[i] >= 1 for i in range(4) if i not in free
+    )
     assert erk_density(shapes, 1.0) == pytest.approx([1.0] * 4)
     assert erk_density(shapes, 0.0) == [0.0] * 4
 

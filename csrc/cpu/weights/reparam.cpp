@@ -119,7 +119,8 @@ template <class S>
 void add_to(const void* from_in, void* to_in, int64_t n) {
   const S* from = (const S*)from_in;
   S* to = (S*)to_in;
-  strips<kLanes<S>>(n, [&](int64_t j, int m) { put(to + j, get(to + j, m) + get(from + j, m), m); });
+  strips<kLanes<S>>(n,
+                    [&](int64_t j, int m) { put(to + j, get(to + j, m) + get(from + j, m), m); });
 }
 
 }  // namespace
@@ -154,13 +155,12 @@ constexpr int64_t kReparamSpan = 16384;  // elements a task, whole chunks of a m
 
 template <class F>
 void reparam_spans(int64_t elements, const F& body) {
-  parallel_for(0, (elements + kReparamSpan - 1) / kReparamSpan, 2,
-               [&](int64_t begin, int64_t end) {
-                 for (int64_t i = begin; i < end; ++i) {
-                   const int64_t first = i * kReparamSpan;
-                   body(first, std::min(elements, first + kReparamSpan), i);
-                 }
-               });
+  parallel_for(0, (elements + kReparamSpan - 1) / kReparamSpan, 2, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t first = i * kReparamSpan;
+      body(first, std::min(elements, first + kReparamSpan), i);
+    }
+  });
 }
 
 bool reparam_streams(const Tensor& out) {

@@ -139,8 +139,7 @@ SOLERA_INLINE void masked_piece(const ReparamItem& item, int64_t e, int64_t n, B
   const bool past_dw = item.streaming && dw && can_stream(dw);
   const bool past_dm = item.streaming && dm && can_stream(dm);
   strips<kLanes<T>>(n, [&](int64_t j, int m) {
-    if (built)
-      put(built + j, get(score + j, m) > threshold ? get(w + j, m) : AccVec<T>{}, m, past);
+    if (built) put(built + j, get(score + j, m) > threshold ? get(w + j, m) : AccVec<T>{}, m, past);
     if (!grad) return;
     const AccVec<T> g = get(grad + j, m);
     if (dw) put(dw + j, get(score + j, m) > threshold ? g : AccVec<T>{}, m, past_dw);

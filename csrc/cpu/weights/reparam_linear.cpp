@@ -74,14 +74,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> reparam_linear_backward(
                         weight.numel() * int64_t(weight.element_size()) >= int64_t(16) << 20;
   const auto run = pick_reparam_table().tile[dtype_of(weight)];
   const int64_t size = linear.type() == ScalarType::Double ? 8 : 4;
-  Tensor dx = linear.backward(
-      dy, x, need_x, need_weight || need_other,
-      [&](const WeightTile& t, void* tile, const void* grad) {
-        call.ranges(t, [&](int64_t begin, int64_t end, int64_t at) {
-          run(call.item, begin, end, tile ? static_cast<char*>(tile) + at * size : nullptr,
-              grad ? static_cast<const char*>(grad) + at * size : nullptr);
-        });
-      });
+  Tensor dx = linear.backward(dy, x, need_x, need_weight || need_other,
+                              [&](const WeightTile& t, void* tile, const void* grad) {
+                                call.ranges(t, [&](int64_t begin, int64_t end, int64_t at) {
+                                  run(call.item, begin, end,
+                                      tile ? static_cast<char*>(tile) + at * size : nullptr,
+                                      grad ? static_cast<const char*>(grad) + at * size : nullptr);
+                                });
+                              });
   return {dx, dweight, dother, linear.column_sums(dy, need_bias)};
 }
 

@@ -55,7 +55,8 @@ void sparse_dots(const void* dy_in, const void* x_in, int64_t rows, int64_t firs
     }
     const S* dy = (const S*)dy_in + row * rows + first;
     const S* x = (const S*)x_in + (e - start) * rows + first;
-    const S sum = row_sum<S>(last - first, [&](int64_t j, int m) { return get(dy + j, m) * get(x + j, m); });
+    const S sum =
+        row_sum<S>(last - first, [&](int64_t j, int m) { return get(dy + j, m) * get(x + j, m); });
     out[i] = first == 0 ? sum : out[i] + sum;
   }
 }
@@ -107,8 +108,7 @@ struct SparseWeight {
       fill(weight.const_data_ptr(), static_cast<const int64_t*>(index.const_data_ptr()),
            index.numel(), value.const_data_ptr(), begin, end, static_cast<char*>(tile) + at * size);
     };
-    if (t.columns == columns)
-      return piece(t.row * columns, (t.row + t.rows) * columns, 0);
+    if (t.columns == columns) return piece(t.row * columns, (t.row + t.rows) * columns, 0);
     for (int64_t r = 0; r < t.rows; ++r) {
       const int64_t first = (t.row + r) * columns + t.column;
       piece(first, first + t.columns, r * t.columns);
@@ -132,8 +132,8 @@ Tensor entry_dots(const SparseWeight& w, const Tensor& dy, const Tensor& x, cons
   const Tensor dy_t = turned(dy, w.weight.sizes()[0]), x_t = turned(x, w.columns);
   const int64_t rows = dy_t.sizes()[1];
   // A block of x within 1 MiB.
-  const int64_t block =
-      std::clamp<int64_t>((1 << 20) / (w.size * std::max<int64_t>(w.columns, 1)) / 16 * 16, 64, 4096);
+  const int64_t block = std::clamp<int64_t>(
+      (1 << 20) / (w.size * std::max<int64_t>(w.columns, 1)) / 16 * 16, 64, 4096);
   const auto run = pick_sparse_delta_table().dots[w.linear.type() == ScalarType::Double];
   void* data = out.mutable_data_ptr();
   if (rows == 0 && entries > 0) std::memset(data, 0, size_t(entries * w.size));
@@ -147,9 +147,11 @@ Tensor entry_dots(const SparseWeight& w, const Tensor& dy, const Tensor& x, cons
   return value.scalar_type() == w.linear.type() ? out : torch::stable::to(out, value.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor> sparse_delta_linear_backward(
-    const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& index,
-    const Tensor& value, bool need_x, bool need_value, bool need_bias) {
+std::tuple<Tensor, Tensor, Tensor> sparse_delta_linear_backward(const Tensor& dy, const Tensor& x,
+                                                                const Tensor& weight,
+                                                                const Tensor& index,
+                                                                const Tensor& value, bool need_x,
+                                                                bool need_value, bool need_bias) {
   const SparseWeight w(x, weight, index, value);
   Tensor dx = gradient_like(x, false);
   if (need_x)

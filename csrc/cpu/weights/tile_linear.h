@@ -73,10 +73,11 @@ class TileLinear {
     Tensor y = empty_like(x, std::vector<int64_t>{padded_, out_}, type_);
     OptTensor wide;
     if (bias.has_value()) wide = tile_product::widened(*bias, type_);
-    linear_tasks(rows_ > 0 ? ceil_div(out_, tile_rows_) : 0, [&](int64_t begin, int64_t end) {
-      Tensor tile = scratch(tile_elements());
-      for (int64_t n = begin * tile_rows_; n < std::min(end * tile_rows_, out_); n += tile_rows_) {
-        const int64_t high = std::min(tile_rows_, out_ - n);
+    const int64_t block = 2 * tile_rows_;  // x is packed anew for each block of outputs
+    linear_tasks(rows_ > 0 ? ceil_div(out_, block) : 0, [&](int64_t begin, int64_t end) {
+      Tensor tile = scratch(block * tile_columns_);
+      for (int64_t n = begin * block; n < std::min(end * block, out_); n += block) {
+        const int64_t high = std::min(block, out_ - n);
         for (int64_t r = 0; wide.has_value() && r < padded_; ++r)
           std::memcpy(tile_product::at(y, r * out_ + n), tile_product::at(*wide, n),
                       size_t(high * size_));
@@ -112,8 +113,8 @@ class TileLinear {
       for (int64_t task = begin; task < end; ++task) {
         const int64_t k = task % across * tile_columns_, part = task / across;
         const int64_t wide = std::min(tile_columns_, in_ - k);
-        for (int64_t t = part * span; t < std::max(part * span + 1, std::min(down, part * span + span));
-             ++t) {
+        for (int64_t t = part * span;
+             t < std::max(part * span + 1, std::min(down, part * span + span)); ++t) {
           const int64_t n = t * tile_rows_;
           const WeightTile at{n, std::clamp<int64_t>(out_ - n, 0, tile_rows_), k, wide};
           const Matrix dy_rows{tile_product::at(dy, std::min(n, out_)), padded_, at.rows, out_, 1};

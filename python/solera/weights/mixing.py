@@ -21,8 +21,8 @@ def mix_logprobs(
 ) -> Tensor:
     r"""Log-probabilities of an accurate and a robust classifier, mixed: adaptive smoothing.
 
-    $\log\bigl((1-\alpha)\,\mathrm{softmax}(s_g\,g) + \alpha\,\mathrm{softmax}(s_h\,h)\bigr)$, in a form that stays finite
-    where probabilities underflow. With u = dout / mix: $\mathrm{d}g = s_g(1-\alpha)p(u - \langle u, p\rangle)$,
+    $\log\bigl((1-\alpha)\,\mathrm{softmax}(s_g\,g) + \alpha\,\mathrm{softmax}(s_h\,h)\bigr)$, in a form that stays
+    finite where probabilities underflow. With u = dout / mix: $\mathrm{d}g = s_g(1-\alpha)p(u - \langle u, p\rangle)$,
     $\mathrm{d}h = s_h\alpha q(u - \langle u, q\rangle)$, $\mathrm{d}\alpha = \langle u, q - p\rangle$.
 
     Args:
@@ -62,9 +62,7 @@ def mix_logprobs(
     return mix_log_probs(scaled, torch.cat([1.0 - a, a], -1))
 
 
-def weighted_sum(
-    outs: Tensor | Sequence[Tensor], weight: Tensor, *, max_w: bool = False
-) -> Tensor:
+def weighted_sum(outs: Tensor | Sequence[Tensor], weight: Tensor, *, max_w: bool = False) -> Tensor:
     r"""A mixed operation: $\sum_o w_o\,y_o$, or with Max-W $\sum_o (1 - \max w + w_o)\,y_o$.
 
     Max-W leaves the strongest operation at weight 1, and the others below it.
@@ -145,9 +143,7 @@ def coteaching_select(
         )
     fraction = _check.number("fraction", fraction, low=0.0, high=1.0)
     count = int(fraction * loss_first.shape[0] + 1e-9)
-    first, second = (
-        torch.argsort(loss, stable=True)[:count] for loss in (loss_second, loss_first)
-    )
+    first, second = (torch.argsort(loss, stable=True)[:count] for loss in (loss_second, loss_first))
     return first, second
 
 

@@ -423,9 +423,7 @@ def _scalar(name: str, value: float | Tensor, v: Tensor) -> Tensor:
     return value.reshape(()).to(accumulate_type(v))
 
 
-def weight_compand(
-    v: Tensor, a: float | Tensor, b: float | Tensor, kind: str = "arctan"
-) -> Tensor:
+def weight_compand(v: Tensor, a: float | Tensor, b: float | Tensor, kind: str = "arctan") -> Tensor:
     r"""Weights through an odd, bounded curve: $W = a\arctan(v/b)$, or $a\tanh(v/b)$.
 
     Small weights are spread (the slope at 0 is a/b), large ones held below $a\pi/2$ (a for tanh).

@@ -1,12 +1,14 @@
 r"""Core `reparam_linear`: $y = x\tilde W^\top + b$ where $\tilde W$ is made on its way into the product.
 
-$\tilde W$ is the mixout of W with an anchor, or W under a mask (see `reparam.py`). With $\mathrm{d}y$ the gradient of y,
+$\tilde W$ is the mixout of W with an anchor, or W under a mask (see `reparam.py`). With $\mathrm{d}y$ the gradient
+of y,
 
-$$\mathrm{d}x = \mathrm{d}y\,\tilde W,\qquad \mathrm{d}\tilde W = \mathrm{d}y^\top x,\qquad \mathrm{d}b = \sum_n \mathrm{d}y_n,$$
+$$\mathrm{d}x = \mathrm{d}y\,\tilde W,\qquad \mathrm{d}\tilde W = \mathrm{d}y^\top x,\qquad
+  \mathrm{d}b = \sum_n \mathrm{d}y_n,$$
 
-and $\mathrm{d}W$ follows from $\mathrm{d}\tilde W$ element by element. Kept between forward and backward: x, W, the second
-tensor and the seed. The C++ kernel never holds $\tilde W$, $\mathrm{d}\tilde W$ or a mask beyond a tile; on a GPU
-$\tilde W$ is a temporary of each direction, made by `reparam`'s kernels and multiplied by torch's product.
+and $\mathrm{d}W$ follows from $\mathrm{d}\tilde W$ element by element. Kept between forward and backward: x, W, the
+second tensor and the seed. The C++ kernel never holds $\tilde W$, $\mathrm{d}\tilde W$ or a mask beyond a tile; on a
+GPU $\tilde W$ is a temporary of each direction, made by `reparam`'s kernels and multiplied by torch's product.
 
 Sources: Lee, Cho, Kang, "Mixout", 2020; Zheng et al., "Regularized Mask Tuning", 2023.
 """
@@ -74,15 +76,15 @@ def _reparam_linear_backward(
 ):  # fmt: skip
     acc = accumulate_type(weight)
     g = dy.to(acc)
-    wide = [None if t is None else t.to(acc) for t in (weight, other)]
+    w, o = weight.to(acc), None if other is None else other.to(acc)
     dx = x.new_empty(0)
     if need_x:
-        dx = (g @ _made(*wide, seed, kind, number, key)).to(x.dtype).contiguous()
+        dx = (g @ _made(w, o, seed, kind, number, key)).to(x.dtype).contiguous()
     dweight, dother = weight.new_empty(0), weight.new_empty(0)
     if need_weight or need_other:
         dmade = (g.mT @ x.to(acc)).contiguous()
         if kind == MASKED:
-            found = _op.masked_weight_backward(dmade, *wide, number, need_weight, need_other)
+            found = _op.masked_weight_backward(dmade, w, o, number, need_weight, need_other)
         else:
             column = kind == MIXOUT_COLUMN
             found = _op.mixout_backward(dmade, seed, number, key, column, need_weight, need_other)

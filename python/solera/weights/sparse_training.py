@@ -77,8 +77,8 @@ def _ranks(key: Tensor) -> Tensor:
 def prune_grow_(weight: Tensor, mask: Tensor, score: Tensor | None, fraction: float) -> Tensor:
     r"""One round of dynamic sparse training, in place: the weakest connections for as many new ones.
 
-    Of the n connections in the mask the $k = \lfloor\mathrm{fraction}\cdot n\rfloor$ of least |w| go, and k of those outside
-    come in, the ones of largest score (or all there are). Weights that go or come are 0.
+    Of the n connections in the mask the $k = \lfloor\mathrm{fraction}\cdot n\rfloor$ of least |w| go, and k of those
+    outside come in, the ones of largest score (or all there are). Weights that go or come are 0.
 
     Args:
         weight: W, written.
