@@ -1047,4 +1047,66 @@ op(
 )
 
 
+# ---- weights.reparam ---------------------------------------------------------------------------------
+
+# One dtype for all tensors of a call; seed one int64 number; a, b of weight_compand one number in the
+# accumulator's dtype, its kind 0 for arctan, 1 for tanh; dab (2,) float64.
+
+op("weights.reparam", "mixout(Tensor weight, Tensor? anchor, Tensor seed, float p, int key, bool column) -> Tensor")
+op(
+    "weights.reparam",
+    "mixout_backward(Tensor grad, Tensor seed, float p, int key, bool column, bool need_weight,"
+    " bool need_anchor) -> (Tensor dweight, Tensor danchor)",
+)
+op("weights.reparam", "masked_weight(Tensor weight, Tensor score, float threshold) -> Tensor")
+op(
+    "weights.reparam",
+    "masked_weight_backward(Tensor grad, Tensor weight, Tensor score, float threshold, bool need_weight,"
+    " bool need_score) -> (Tensor dweight, Tensor dscore)",
+)
+op(
+    "weights.reparam",
+    "gradient_dropout(Tensor grad, Tensor other, Tensor seed, float rate, float eps, int key) -> Tensor",
+)
+op("weights.reparam", "weight_compand(Tensor v, Tensor a, Tensor b, int kind) -> Tensor")
+op(
+    "weights.reparam",
+    "weight_compand_backward(Tensor grad, Tensor v, Tensor a, Tensor b, int kind, bool need_v)"
+    " -> (Tensor dv, Tensor dab)",
+)
+
+
+# ---- weights.reparam_linear --------------------------------------------------------------------------
+
+# x (N, I), weight and other (O, I) of one dtype. kind 0, 1: mixout of elements, of columns (other the anchor,
+# number p); 2: the mask (other the score, number the threshold). dbias in the accumulator's dtype.
+
+op(
+    "weights.reparam_linear",
+    "reparam_linear(Tensor x, Tensor weight, Tensor? other, Tensor? bias, Tensor? seed, int kind,"
+    " float number, int key) -> Tensor",
+)
+op(
+    "weights.reparam_linear",
+    "reparam_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? other, Tensor? seed, int kind,"
+    " float number, int key, bool need_x, bool need_weight, bool need_other, bool need_bias)"
+    " -> (Tensor dx, Tensor dweight, Tensor dother, Tensor dbias)",
+)
+
+
+# ---- weights.sparse_delta ----------------------------------------------------------------------------
+
+# x (N, I), weight (O, I); index (S,) int64, increasing places in the flattened weight; value (S,).
+
+op(
+    "weights.sparse_delta",
+    "sparse_delta_linear(Tensor x, Tensor weight, Tensor index, Tensor value, Tensor? bias) -> Tensor",
+)
+op(
+    "weights.sparse_delta",
+    "sparse_delta_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor index, Tensor value,"
+    " bool need_x, bool need_value, bool need_bias) -> (Tensor dx, Tensor dvalue, Tensor dbias)",
+)
+
+
 _registry.attach_kernels()
