@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -287,3 +288,21 @@ def specs(device) -> Iterator[Spec]:
     yield line(
         "row_lincomb", "8-way, base, 4096x4096", f32, lambda: _rows(8, (4096, 4096), f32, device)
     )
+
+
+def small_calls(device) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every op once, forward and backward, on small awkward shapes (python -m bench.every_op)."""
+
+    def run(dtype: torch.dtype, count: int, dim: int | None) -> None:
+        models, base = _models(count, [(3, 1031), (2, 5, 7)], dtype, device)
+        for t in (*base, *(t for m in models for t in m)):
+            t.requires_grad_()
+        merged, _ = model_stock(base, models, dim=dim)
+        torch.autograd.backward(merged, [torch.randn_like(t) for t in merged])
+        with torch.no_grad():
+            slerp(models[0], base, 0.3, dim=dim)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        for count in (2, 9):
+            for dim in (None, 0, -1):
+                yield f"model_stock {dtype} {count} {dim}", partial(run, dtype, count, dim)
