@@ -148,18 +148,22 @@ class Crew {
   }
 
   void add(Chunk whole) {
-    std::lock_guard<std::mutex> hold(mutex_);
-    while (whole.length) {
-      Chunk part = whole;
-      const uint64_t cut = (whole.offset / kChunk + 1) * kChunk;  // on pages of the file
-      if (whole.offset + whole.length > cut) part.length = cut - whole.offset;
-      whole.offset += part.length;
-      whole.length -= part.length;
-      whole.at += part.length;
-      ++part.ticket->open;
-      queue_.push_back(std::move(part));
-      ready_.notify_one();
+    int added = 0;
+    {
+      std::lock_guard<std::mutex> hold(mutex_);
+      for (; whole.length; ++added) {
+        Chunk part = whole;
+        const uint64_t cut = (whole.offset / kChunk + 1) * kChunk;  // on pages of the file
+        if (whole.offset + whole.length > cut) part.length = cut - whole.offset;
+        whole.offset += part.length;
+        whole.length -= part.length;
+        whole.at += part.length;
+        ++part.ticket->open;
+        queue_.push_back(std::move(part));
+      }
     }
+    // With the lock given back: a thread that wakes need not wait for it.
+    added == 1 ? ready_.notify_one() : ready_.notify_all();
   }
 
   void wait(const Ticket& ticket) {

@@ -197,7 +197,8 @@ class Plan:
                 f"needs {spelled_size(needed)}, the budget is {spelled_size(self.budget)} (give a larger one, or "
                 "the tensor a rule with an elementwise method)"
             )
-        self.ring = up(min(max(room, _MOST_RING), self.budget - OVERHEAD - scratch))
+        # Room for two of the largest, if there is any: one is read while the other is merged.
+        self.ring = up(min(max(2 * room, _MOST_RING), self.budget - OVERHEAD - scratch))
         total = sum(item.room(item.elements) for item in self.items)
         self.ring = max(min(self.ring, up(total + _LEAST_RING)), up(room))
         # Tiles are larger than the least ones, and so may be their temporaries.

@@ -4,6 +4,8 @@ A method is a small frozen dataclass: it compares, hashes and pickles, and its r
 Its one hook, `merge_tensor`, makes one named tensor of the result from that tensor in each of the K models (and
 in the base). Random methods draw from (seed, the tensor's name, the element), so that neither the order of
 the tensors nor that of the files matters.
+
+Shapes: any; the result has the shape of its inputs.
 """
 
 from __future__ import annotations
