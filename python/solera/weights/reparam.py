@@ -386,7 +386,7 @@ def gradient_dropout(
         grad, other: g and h, tensors, lists of tensors or dicts alike; of a list each has randomness of its own.
         rate: $\lambda$ in [0, 1]; 1 drops what does not pass.
         seed: as in `mixout`.
-        eps: keeps the quotient finite.
+        eps: keeps the quotient finite. (The authors' code has 1e-8, which also drops gradients below it at random.)
 
     Shapes: any S, S -> S; new tensors, no gradient flows. float32, float64, bfloat16, float16. The uniform numbers
     have 24 bits, the same on every device.
