@@ -110,6 +110,10 @@ def test_mean_teachers():
         truth = m * teacher + (1 - m) * student
         ema_(teacher, student, m)
         torch.testing.assert_close(teacher, truth)
+    # BYOL's loss, and the consistency of two encoders: by the cosine.
+    a, b = randn(6, 8, dtype=F64), randn(6, 8, dtype=F64)
+    cosine = (l2_normalize(a) * l2_normalize(b)).sum(1)
+    torch.testing.assert_close(cosine, F.cosine_similarity(a, b))
     z = randn(4, 6, 8, dtype=F64)  # paths, batch, features: the ensemble's normalised mean
     torch.testing.assert_close(l2_normalize(z).mean(0), F.normalize(z, dim=-1).mean(0))
 

@@ -23,9 +23,11 @@ def is_whole(t: Tensor) -> bool:
 
 def gather(
     models: Sequence[Any], names: Sequence[str]
-) -> tuple[str, list, dict[Any, Tensor], list[Tensor]]:
-    """(kind, keys of the floating-point entries, the other entries by key, all floating-point tensors, model by
-    model). The other entries must be equal in all models.
+) -> tuple[str, list, dict[Any, Tensor | None], list[Tensor]]:
+    """(kind, keys of the floating-point entries, the other entries, all floating-point tensors, model by model).
+
+    The other entries must be equal in all models. Where there are any they come as a dict of all keys in order, None
+    where an entry is floating-point.
     """
     models = [weights_of(m) for m in models]
     kind = _lists.kind_of(names[0], models[0])
@@ -52,8 +54,8 @@ def gather(
                         f"{spelled}: expected device {device} (that of "
                         f"{_lists.spelled(names[0], kind, keys[0])}), got {model[key].device}"
                     )
-    order = [*found[0]] if whole else keys
-    return kind, keys, {key: whole.get(key) for key in order} if whole else {}, flat
+    order = {key: whole.get(key) for key in found[0]} if whole else {}
+    return kind, keys, order, flat
 
 
 def _refuse_differing(whole, found, names):

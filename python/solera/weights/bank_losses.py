@@ -117,7 +117,7 @@ def _kl(student: Tensor, teachers: list[Tensor], weights: list[float], tau: floa
         student, teachers, temperature=tau, weights=weights, combine="logit"
     )
     with torch.no_grad():
-        mixed = sum(w * t for w, t in zip(weights, teachers))
+        mixed = torch.stack([w * t for w, t in zip(weights, teachers)]).sum(0)
         entropy = ensemble_distillation_loss(
             mixed, teachers, temperature=tau, weights=weights, combine="logit"
         )

@@ -25,7 +25,8 @@ class Soup(nn.Module):
         module: the architecture; its own weights are neither used nor trained. Held by reference: `to`, `train` and
             `eval` pass on to it. Its hooks run, its buffers outside the state dict are its own.
         models: K modules or state dicts with its parameters (and buffers). Held by reference, moved by `to`.
-        granularity: "tensor", coefficients (K, L) by parameter (learned soups, layer-wise AdaMerging); or "model", (K,).
+        granularity: "tensor", coefficients (K, L) by parameter (learned soups, layer-wise AdaMerging); or "model",
+            (K,).
         softmax: coefficients are a softmax over the K models of what is trained (learned soups).
         base: one more model, the pretrained one (AdaMerging).
         init: what the coefficients start at: default 1 / K, around a base 0.3 (AdaMerging). Not with softmax.
