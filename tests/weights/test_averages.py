@@ -257,6 +257,21 @@ def test_re_adapt_ir_merges_state_dicts():
         torch.testing.assert_close(t, truth)
 
 
+def test_compile():
+    def f(weights, base, *tensors):
+        mean = soup([tensors[:2], tensors[2:]], weights)
+        return mean[0] + mean[1] + task_arithmetic(base, tensors[::2], weights)
+
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (4, 7):
+        args = [randn(2, grad=True), *(randn(n, 3, grad=True) for _ in range(5))]
+        found, plain = compiled(*args), f(*args)
+        torch.testing.assert_close(found, plain)
+        g = randn(n, 3)
+        ours, theirs = (torch.autograd.grad(y, args, g) for y in (found, plain))
+        torch.testing.assert_close(ours, theirs)
+
+
 # ---- bad input ----------------------------------------------------------------------------------------
 
 A, B = torch.ones(3), torch.ones(3)

@@ -215,3 +215,23 @@ def test_bad_input(case):
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+THING = st.one_of(
+    st.none(),
+    st.integers(-3, 3),
+    st.lists(st.integers(0, 2), max_size=2),
+    st.builds(
+        lambda shape, dtype: torch.ones(shape, dtype=dtype, device=DEVICE),
+        st.lists(st.integers(0, 3), max_size=3),
+        st.sampled_from([*DTYPES, torch.int64, torch.bool, torch.complex64]),
+    ),
+)
+
+
+@given(bank=THING, index=THING, value=THING, decay=st.one_of(st.floats(), THING))
+def test_a_clear_error_or_a_result(bank, index, value, decay):
+    try:
+        indexed_ema_(bank, index, value, decay)
+    except (ValueError, TypeError, IndexError) as error:
+        assert str(error).startswith(("bank", "index", "value", "decay")), error

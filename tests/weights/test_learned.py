@@ -174,6 +174,18 @@ def test_moves_pickles_and_copies():
     assert Soup(Net().to(DEVICE, F64), states)(x).shape == (4, 2)
 
 
+def test_compile():
+    tuned = Soup(
+        nn.Linear(3, 2).to(DEVICE), [nn.Linear(3, 2).to(DEVICE) for _ in range(3)], softmax=True
+    )
+    compiled = torch.compile(tuned, fullgraph=True, backend="aot_eager")
+    x = randn(4, 3)
+    torch.testing.assert_close(compiled(x), tuned(x))
+    (ours,) = torch.autograd.grad(compiled(x).square().sum(), tuned.coefficients)
+    (plain,) = torch.autograd.grad(tuned(x).square().sum(), tuned.coefficients)
+    torch.testing.assert_close(ours, plain)
+
+
 def test_bad_input():
     net, given = Net(), [Net(), Net()]
     missing = {k: v for k, v in net.state_dict().items() if k != "first.bias"}

@@ -315,3 +315,28 @@ def test_bad_input(case):
     call, kind, message = BAD[case]
     with pytest.raises(kind, match=message):
         call()
+
+
+JUNK = st.one_of(
+    st.none(), st.integers(-3, 3), st.floats(), st.text(max_size=3), st.just(torch.float16),
+    st.lists(st.floats(-2, 2), max_size=3), st.lists(st.lists(st.floats(-2, 2), max_size=2), max_size=3),
+)  # fmt: skip
+TENSOR = st.builds(
+    lambda shape, dtype: torch.ones(shape, dtype=dtype, device=DEVICE),
+    st.lists(st.integers(0, 3), max_size=2),
+    st.sampled_from([*DTYPES, torch.int64, torch.bool, torch.complex64]),
+)
+WEIGHTS = st.one_of(
+    TENSOR,
+    st.lists(TENSOR, max_size=2),
+    st.dictionaries(st.sampled_from("ab"), TENSOR, max_size=2),
+    JUNK,
+)
+
+
+@given(a=WEIGHTS, b=WEIGHTS, t=st.one_of(TENSOR, JUNK))
+def test_a_clear_error_or_a_result(a, b, t):
+    try:
+        interpolate(a, b, t)
+    except (ValueError, TypeError) as error:
+        assert str(error).startswith(("a", "b", "t")), error
