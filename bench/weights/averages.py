@@ -173,6 +173,26 @@ def _bank(rows: int, width: int, batch: int, distinct: int, device) -> Case:
     )
 
 
+def small_calls(device: str):
+    """Every op once, on awkward shapes."""
+
+    def call(dtype) -> None:
+        random = lambda *s: torch.randn(*s, device=device).to(dtype)
+        sizes = (1, 13, 1000, 70_001)
+        a, b = ([random(n).requires_grad_() for n in sizes] for _ in range(2))
+        alpha = torch.rand(3, len(sizes), device=device, requires_grad=True)
+        out = wise_ft(a, b, alpha)
+        torch.autograd.backward(out, [torch.randn_like(y) for y in out])
+        slow, fast = ([random(n) for n in sizes] for _ in range(2))
+        lookahead_(slow, fast, 0.5)
+        for width in (1, 7, 1500):
+            index = torch.randint(-1, 9, (40,), device=device)
+            indexed_ema_(random(9, width), index, random(40, width), 0.9)
+
+    for dtype in (torch.float32, torch.bfloat16):
+        yield f"averages {dtype}", lambda d=dtype: call(d)
+
+
 def specs(device) -> Iterator[Spec]:
     f32, bf16 = torch.float32, torch.bfloat16
     million = 1_000_000
@@ -204,7 +224,7 @@ def specs(device) -> Iterator[Spec]:
     )  # fmt: skip
     yield line(
         "running_mean_", "200 x 100k", f32, lambda: _greedy_step(200, 100_000, device),
-        {"eager": 1}, quick=True, notes="eager: torch._foreach_lerp_",
+        quick=True, notes="one step of a greedy soup; eager: torch._foreach_lerp_, the same three streams",
     )  # fmt: skip
     yield line(
         "lookahead_", "200 x 100k", f32, lambda: _lookahead(200, 100_000, device),

@@ -76,7 +76,10 @@ def soup(
 
 @dataclass(frozen=True)
 class GreedyStep:
-    """One candidate: the model that was added, the score of the average with it, whether it was kept."""
+    """One candidate: the model that was added, the score of the average with it, whether it was kept.
+
+    Shapes: three values.
+    """
 
     model: int
     score: float
@@ -85,7 +88,10 @@ class GreedyStep:
 
 @dataclass(frozen=True)
 class GreedyLog:
-    """What a greedy soup did: each model's own score, in the order given, and the steps in the order tried."""
+    """What a greedy soup did: each model's own score, in the order given, and the steps in the order tried.
+
+    Shapes: K scores and K steps, the first of them the best model alone.
+    """
 
     scores: tuple[float, ...]
     steps: tuple[GreedyStep, ...]

@@ -35,6 +35,8 @@ class Soup(nn.Module):
     Parameters: `coefficients` (K, L) or (K,), before the softmax; `logit_scale` (). Only they are in `parameters()` and
     in the state dict.
 
+    Shapes: as the module's. With K models of L parameters the coefficients are (K, L) or (K,).
+
     Floating-point buffers (running statistics) are combined with the mean coefficient of a model over its tensors,
     without gradient, and what training mode writes to them is dropped; other buffers are copied from the first model.
 
