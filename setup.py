@@ -1,7 +1,11 @@
 """Builds `solera._C`: the CPU kernels, on LibTorch's stable ABI (one abi3 library for torch >= 2.11).
 
 Every file under csrc/cpu/<family>/ is compiled once per instruction set; the generic object also holds
-the registration. Nothing is compiled with -march=native. Environment:
+the registration. Nothing is compiled with -march=native.
+
+And `solera._io`, of csrc/io: threads that read and write files, for merge_files. It is a pybind11 module, hence for
+one Python version; elsewhere, or where it does not build, threads in Python do the same. Its pybind11 is the
+one that torch brings. Environment:
 
 SOLERA_GENERIC=1    leave the x86 instruction sets out (what aarch64 and macOS get)
 SOLERA_AVX512=0     leave that one out, for tests on a machine that cannot run it
@@ -19,6 +23,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -32,6 +37,10 @@ SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc/cpu").glob("*/*
 
 def flag(name: str, default: str = "0") -> bool:
     return os.environ.get(name, default) not in ("", "0")
+
+
+def compiler() -> str:
+    return os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
 
 
 X86 = platform.machine() in ("x86_64", "AMD64") and not flag("SOLERA_GENERIC")
@@ -57,23 +66,58 @@ class Build(build_ext):
     """Compiles each (file, instruction set) pair in parallel, skipping what is newer than its sources."""
 
     def build_extension(self, ext: Extension) -> None:
+        kernels = ext.name == "solera._C"
         try:
-            self._build(ext)
+            self._build(ext) if kernels else self._build_io(ext)
         except Exception as error:
             if flag("SOLERA_WERROR"):
                 raise
             self._output(ext).unlink(missing_ok=True)
-            print(
-                f"warning: the CPU kernels were not built ({error}); "
-                "solera will run on its Python reference and Triton",
-                file=sys.stderr,
+            what = "the CPU kernels were" if kernels else "solera._io was"
+            instead = (
+                "on its Python reference and Triton"
+                if kernels
+                else "merge_files on Python's threads"
             )
+            print(
+                f"warning: {what} not built ({error}); solera will run {instead}", file=sys.stderr
+            )
+
+    def _build_io(self, ext: Extension) -> None:
+        from torch.utils.cpp_extension import include_paths
+
+        output = self._output(ext)
+        newest = max(Path(p).stat().st_mtime for p in (__file__, *ext.sources))
+        if output.exists() and output.stat().st_mtime > newest:
+            return
+        sanitize = ["-g1", "-fsanitize=address,undefined", "-fno-omit-frame-pointer"]
+        sanitize += ["-fno-sanitize=null,vptr,object-size", "-fno-sanitize-recover=undefined"]
+        command = [
+            compiler(),
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-fvisibility=hidden",
+            "-Wall",
+            "-pthread",
+        ]
+        command += sanitize if flag("SOLERA_SANITIZE") else []
+        # Both directories hold system headers: no warnings from there.
+        command += [f"-isystem{p}" for p in (*include_paths(), sysconfig.get_path("include"))]
+        command += [
+            "-shared",
+            *(["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []),
+        ]
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part = output.with_suffix(".part")
+        print(f"compiling {ext.sources[0]}", flush=True)
+        subprocess.run([*command, *ext.sources, "-o", str(part)], check=True, cwd=ROOT)
+        part.replace(output)
 
     def _build(self, ext: Extension) -> None:
         import torch
         from torch.utils.cpp_extension import include_paths, library_paths
 
-        compiler = os.environ.get("CXX", "g++" if sys.platform != "darwin" else "clang++")
         optimized = flag("SOLERA_OPTIMIZE", "1") and not flag("SOLERA_SANITIZE")
         common = list(COMPILE)
         link = ["-shared", *(f"-L{p}" for p in library_paths()), "-ltorch_cpu", "-ltorch", "-lc10"]
@@ -103,7 +147,7 @@ class Build(build_ext):
                 front = ["-DSOLERA_FRONT", *includes] if isa == "generic" else []
                 front += ["-DSOLERA_X86"] if X86 else []
                 front += ["-DSOLERA_AVX512"] if X86 and "avx512" in ISA_FLAGS else []
-                command = [compiler, *common, *ISA_FLAGS[isa], f"-DSOLERA_ISA={isa}", *front]
+                command = [compiler(), *common, *ISA_FLAGS[isa], f"-DSOLERA_ISA={isa}", *front]
                 command += ["-MMD", "-MF", str(target.with_suffix(".d"))]
                 jobs.append((target, [*command, "-c", source, "-o"]))
 
@@ -123,7 +167,7 @@ class Build(build_ext):
         output = self._output(ext)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.unlink(missing_ok=True)
-        subprocess.run([compiler, *objects, *link, "-o", str(output)], check=True)
+        subprocess.run([compiler(), *objects, *link, "-o", str(output)], check=True)
 
     def _newest(self, target: Path) -> float:
         """When what an object was made of (as the compiler listed it beside it) last changed."""
@@ -154,7 +198,10 @@ class Build(build_ext):
 extensions = (
     []
     if flag("SOLERA_NO_CPP") or sys.platform == "win32"
-    else [Extension("solera._C", SOURCES, py_limited_api=True, optional=not flag("SOLERA_WERROR"))]
+    else [
+        Extension("solera._C", SOURCES, py_limited_api=True, optional=not flag("SOLERA_WERROR")),
+        Extension("solera._io", ["csrc/io/ring.cpp"], optional=not flag("SOLERA_WERROR")),
+    ]
 )
 setup(
     ext_modules=extensions,

@@ -30,7 +30,7 @@ copy() {
   mkdir -p "build/$1"
   (cd "build/$1" && find . -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +)
   cp -a csrc python tests setup.py pyproject.toml README.md LICENSE "build/$1/"
-  rm -rf "build/$1"/python/solera/_C* "build/$1/python/solera/triton_kernels"
+  rm -rf "build/$1"/python/solera/_[Ci]*.so "build/$1/python/solera/triton_kernels"
   cp -a triton_kernels "build/$1/python/solera/triton_kernels"
 }
 

@@ -40,7 +40,7 @@ def specs(device: str) -> Iterator[Spec]:
     }
     forward = {torch.bfloat16: {"tabm": 2.0}, torch.float32: {"tabm": 1.2}}
     for dtype in (torch.float32, torch.bfloat16):
-        yield _spec(device, dtype, 256, WIDTH, True, both[dtype], quick=True)
+        yield _spec(device, dtype, 256, WIDTH, True, both[dtype], quick=dtype == torch.float32)
         yield _spec(device, dtype, 256, WIDTH, False, forward[dtype], quick=False)
         yield _spec(device, dtype, 256, 32, True, {}, quick=False)
         yield _spec(device, dtype, 1024, WIDTH, True, {}, quick=False)

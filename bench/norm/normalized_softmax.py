@@ -49,7 +49,6 @@ def specs(device: str) -> Iterator[Spec]:
             label="margin fwd+bwd 512x512x70722",
             dtype=dtype,
             make=lambda dtype=dtype: _case(dtype, device),
-            quick=dtype
-            == torch.float32,  # bfloat16 takes minutes on a CPU without bfloat16 products
+            quick=False,  # a float64 reference of this size alone takes a tenth of the quick form's time
             targets={"eager": goal},
         )

@@ -31,9 +31,14 @@ MODULES = (
     "generative_points",
     "digit_distances",
     "uncertainty",
+    "real_checkpoint",
 )
 QUICK = 4
 COLUMNS = ["", "Solera", "plain torch"]
+
+
+class Absent(Exception):
+    """What a part is shown on is not installed: it is left out, and that is said."""
 
 
 @dataclass
@@ -93,6 +98,9 @@ def run_all(
         try:
             torch.manual_seed(0)
             outcome = importlib.import_module(f"{__name__}.{name}").run(quick, folder)
+        except Absent as reason:
+            say(f"no {name}: {reason}")
+            continue
         except Exception as error:
             yield None, failure(f"showcase {name}", error)
             continue

@@ -10,6 +10,8 @@ from torch import Tensor
 from bench.case import Case, Spec, in_double, step
 from solera.sinkhorn import sinkhorn
 
+from . import ott
+
 
 def _loop(epsilon: float, iterations: int, rho: float | None = None) -> Callable:
     """What a user writes today: uniform marginals, two logsumexps an iteration."""
@@ -202,6 +204,8 @@ def _case(
     if pot is not None:
         peers["POT"] = steps(pot)(cost)
         peers["POT exp"] = steps(_pot_exponential(epsilon, iterations))(cost)
+    if len(shape) == 2 and not backward and slow and dtype == torch.float32 and ott.available():
+        peers["OTT-JAX"] = step(ott.dense(epsilon, iterations), [cost])
     ours = _ours(epsilon, iterations, kind, rho)
     return Case(
         ours=steps(ours)(cost),
@@ -225,7 +229,7 @@ def specs(device: str) -> Iterator[Spec]:
         return Spec("sinkhorn.sinkhorn", label, dtype, make, quick, targets or {}, notes)
 
     big = {"shape": (1024, 1024), "epsilon": 0.05, "iterations": 100}
-    yield line("1024x1024, 100 it", quick=True, targets={"compile": 4, "POT": 8, "POT exp": 1},
+    yield line("1024x1024, 100 it", quick=True, targets={"compile": 4, "POT": 8, "POT exp": 1, "OTT-JAX": 5},
                **big)  # fmt: skip
     yield line("256x64x64, 50 it", quick=True, targets={"eager": 6}, shape=(256, 64, 64),
                epsilon=0.05, iterations=50)  # fmt: skip

@@ -7,6 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from .weights import _merge_cli
+
 DESCRIPTION = (
     "Fused PyTorch kernels for ensembles, normalization, Sinkhorn and weight interpolation."
 )
@@ -33,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     info.add_argument("--json", action="store_true", help="as JSON")
     info.set_defaults(run=_info)
+    _merge_cli.add_parser(commands)
     return parser
 
 

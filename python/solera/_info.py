@@ -71,6 +71,16 @@ def _backends() -> dict[str, dict[str, dict[str, str]]]:
     return table
 
 
+def _file_ring() -> dict[str, str | None]:
+    """Whether merge_files reads and writes by threads in C++, or why not."""
+    from .weights._ring import compiled
+
+    module = compiled()
+    if isinstance(module, str):
+        return {"path": None, "error": module}
+    return {"path": module.__file__, "error": None}
+
+
 def _processor() -> str:
     try:
         with open("/proc/cpuinfo") as file:
@@ -115,6 +125,7 @@ def collect() -> dict[str, Any]:
             "path": str(_registry.compiled_library) if _registry.compiled_library else None,
             "error": _registry.load_error,
         },
+        "file_ring": _file_ring(),
         "backends": _backends(),
         "environment": {n: os.environ[n] for n in (*SETTINGS, *ALLOCATOR) if n in os.environ},
     }
@@ -122,7 +133,7 @@ def collect() -> dict[str, Any]:
 
 def _lines(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
     """The facts as titled sections of (name, value)."""
-    gpu, library = facts["gpu"], facts["library"]
+    gpu, library, ring = facts["gpu"], facts["library"], facts["file_ring"]
     built = f"CUDA {gpu['cuda']}" if gpu["cuda"] else f"ROCm {gpu['hip']}" if gpu["hip"] else "CPU"
     return [
         ("versions", [(k, str(v or "not installed")) for k, v in facts["versions"].items()]),
@@ -141,6 +152,17 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, list[tuple[str, str]]]]:
             [
                 ("library", library["path"] or "not loaded"),
                 *([("error", library["error"])] if library["error"] else []),
+            ],
+        ),
+        (
+            "files",
+            [
+                (
+                    "merge_files",
+                    f"threads in C++, {ring['path']}"
+                    if ring["path"]
+                    else f"threads in Python: {ring['error']}",
+                )
             ],
         ),
         (

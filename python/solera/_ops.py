@@ -222,6 +222,31 @@ op(
 )
 
 
+# ---- norm.normalized_softmax -------------------------------------------------------------------------
+
+# A loop over chunks of rows with the ops of norm.logit_norm and norm.row_dots inside.
+
+
+@op(
+    "norm.normalized_softmax",
+    "normalized_softmax(Tensor x, Tensor weight, Tensor target, Tensor label, Tensor scale, Tensor? extra,"
+    " Tensor? row_weight, bool need_x, bool need_weight)"
+    " -> (Tensor losses, Tensor dx, Tensor dweight, Tensor dextra, Tensor dscale, Tensor dlabel)",
+    composed=True,
+)
+def _(x, weight, target, label, scale, extra, row_weight, need_x, need_weight):
+    acc, grads = _registry.accumulate_type(x), row_weight is not None
+    shapes = (
+        label.shape,
+        x.shape if grads and need_x else (0,),
+        weight.shape if grads and need_weight else (0,),
+        extra.shape if grads and extra is not None else (0,),
+        (),
+        label.shape,
+    )
+    return tuple(x.new_empty(shape, dtype=acc) for shape in shapes)
+
+
 # ---- norm.row_dots -----------------------------------------------------------------------------------
 
 # x (N, D), y (M, D); index (N,) int64 names the row of y beside each row of x (negative: none), None pairs
@@ -711,6 +736,17 @@ op(
 )
 
 
+@op(
+    "ensemble.pair_losses",
+    "pair_head_loss(Tensor z, Tensor q, SymInt k, float tau_min, float tau_max, float beta, bool need_grad)"
+    " -> (Tensor loss, Tensor dz, Tensor dq)",
+    composed=True,
+)
+def _(z, q, k, tau_min, tau_max, beta, need_grad):
+    grads = [t.new_empty(t.shape if need_grad else (0,)) for t in (z, q)]
+    return z.new_empty(()), *grads
+
+
 # ---- sinkhorn.dense ----------------------------------------------------------------------------------
 
 
@@ -997,6 +1033,106 @@ op("weights.lookahead", "lookahead_(Tensor(a!)[] slow, Tensor(b!)[] fast, float 
 op(
     "weights.indexed_ema",
     "indexed_ema_(Tensor(a!) bank, Tensor index, Tensor values, float decay) -> ()",
+)
+
+
+# ---- weights.gram ------------------------------------------------------------------------------------
+
+# tensors: models times L, model by model; by_row: the rows are those along a tensor's first dimension, else each
+# tensor is one. The result is (rows of all L tensors, K, K) in float64, as is dgram; need_tensors covers the base.
+
+
+@op("weights.gram", "gram(Tensor[] tensors, Tensor[] base, int models, bool by_row) -> Tensor")
+def _(tensors, base, models, by_row):
+    length = len(tensors) // models
+    rows = sum([t.shape[0] for t in tensors[:length]]) if by_row else length
+    return tensors[0].new_empty((rows, models, models), dtype=torch.float64)
+
+
+@op(
+    "weights.gram",
+    "gram_backward(Tensor dgram, Tensor[] tensors, Tensor[] base, bool by_row, bool[] need_tensors)"
+    " -> Tensor[]",
+)
+def _(dgram, tensors, base, by_row, need_tensors):
+    return [t.new_empty(t.shape) for t, need in zip((*tensors, *base), need_tensors) if need]
+
+
+# ---- weights.row_lincomb -----------------------------------------------------------------------------
+
+# lincomb with coefficients (K, rows of all L tensors), the rows along the first dimension of each.
+
+op(
+    "weights.row_lincomb",
+    "row_lincomb(Tensor[] tensors, Tensor coefficients, Tensor[] base, ScalarType? out_dtype)"
+    " -> Tensor[]",
+)
+op(
+    "weights.row_lincomb",
+    "row_lincomb_backward(Tensor[] grads, Tensor[] tensors, Tensor coefficients, Tensor[] base,"
+    " bool need_coefficients, bool[] need_tensors) -> (Tensor dcoefficients, Tensor[] dtensors)",
+)
+
+
+# ---- weights.reparam ---------------------------------------------------------------------------------
+
+# One dtype for all tensors of a call; seed one int64 number; a, b of weight_compand one number in the
+# accumulator's dtype, its kind 0 for arctan, 1 for tanh; dab (2,) float64.
+
+op("weights.reparam", "mixout(Tensor weight, Tensor? anchor, Tensor seed, float p, int key, bool column) -> Tensor")
+op(
+    "weights.reparam",
+    "mixout_backward(Tensor grad, Tensor seed, float p, int key, bool column, bool need_weight,"
+    " bool need_anchor) -> (Tensor dweight, Tensor danchor)",
+)
+op("weights.reparam", "masked_weight(Tensor weight, Tensor score, float threshold) -> Tensor")
+op(
+    "weights.reparam",
+    "masked_weight_backward(Tensor grad, Tensor weight, Tensor score, float threshold, bool need_weight,"
+    " bool need_score) -> (Tensor dweight, Tensor dscore)",
+)
+op(
+    "weights.reparam",
+    "gradient_dropout(Tensor grad, Tensor other, Tensor seed, float rate, float eps, int key) -> Tensor",
+)
+op("weights.reparam", "weight_compand(Tensor v, Tensor a, Tensor b, int kind) -> Tensor")
+op(
+    "weights.reparam",
+    "weight_compand_backward(Tensor grad, Tensor v, Tensor a, Tensor b, int kind, bool need_v)"
+    " -> (Tensor dv, Tensor dab)",
+)
+
+
+# ---- weights.reparam_linear --------------------------------------------------------------------------
+
+# x (N, I), weight and other (O, I) of one dtype. kind 0, 1: mixout of elements, of columns (other the anchor,
+# number p); 2: the mask (other the score, number the threshold). dbias in the accumulator's dtype.
+
+op(
+    "weights.reparam_linear",
+    "reparam_linear(Tensor x, Tensor weight, Tensor? other, Tensor? bias, Tensor? seed, int kind,"
+    " float number, int key) -> Tensor",
+)
+op(
+    "weights.reparam_linear",
+    "reparam_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor? other, Tensor? seed, int kind,"
+    " float number, int key, bool need_x, bool need_weight, bool need_other, bool need_bias)"
+    " -> (Tensor dx, Tensor dweight, Tensor dother, Tensor dbias)",
+)
+
+
+# ---- weights.sparse_delta ----------------------------------------------------------------------------
+
+# x (N, I), weight (O, I); index (S,) int64, increasing places in the flattened weight; value (S,).
+
+op(
+    "weights.sparse_delta",
+    "sparse_delta_linear(Tensor x, Tensor weight, Tensor index, Tensor value, Tensor? bias) -> Tensor",
+)
+op(
+    "weights.sparse_delta",
+    "sparse_delta_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor index, Tensor value,"
+    " bool need_x, bool need_value, bool need_bias) -> (Tensor dx, Tensor dvalue, Tensor dbias)",
 )
 
 

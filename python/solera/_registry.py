@@ -20,15 +20,20 @@ from ._route import AT_IMPORT
 
 LIBRARY = torch.library.Library("solera", "DEF")
 CORES: dict[str, str] = {}  # op name -> "family.core"
+COMPOSED: dict[str, str] = {}  # the same of ops without kernels of their own
 SCHEMAS: dict[str, str] = {}
 _with_fake: set[str] = set()
 
 
-def op(core: str, schema: str) -> Callable[[Callable], Callable]:
-    """Define an op from its schema. The function this decorates, if any, is its fake."""
+def op(core: str, schema: str, *, composed: bool = False) -> Callable[[Callable], Callable]:
+    """Define an op from its schema. The function this decorates, if any, is its fake.
+
+    composed: its reference runs other ops of this package and is its kernel on every device; torch.compile then
+    sees one call in place of the loops and buffers inside it, which it would unroll.
+    """
     name = schema.split("(", 1)[0]
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    CORES[name] = core
+    (COMPOSED if composed else CORES)[name] = core
     SCHEMAS[name] = schema
 
     def fake(function: Callable) -> Callable:

@@ -140,6 +140,29 @@ def test_compile():
     compiles(f, lambda n: (randn(n, 2, 4, grad=True), randn(n, 2, 4, grad=True)))
 
 
+def test_head_loss_is_one_op_when_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    phi = mlp(4)
+    torch._dynamo.reset()
+    call = torch.compile(
+        lambda a, b: multi_head_contrastive_loss(a, b, phi, **arguments(3)),
+        fullgraph=True, backend=backend,
+    )  # fmt: skip
+    z1, z2 = randn(6, 2, 4), randn(6, 2, 4)
+    torch.testing.assert_close(
+        call(z1, z2), multi_head_contrastive_loss(z1, z2, phi, **arguments(3))
+    )
+    assert "pair_head_loss" in str([n.target for m in graphs[0].modules() for n in m.graph.nodes])
+    z, q = randn(6, 4), randn(4, 6).t()
+    for need in (False, True):
+        torch.library.opcheck(ops.pair_head_loss.default, (z, q, 3, *NUMBERS, need))
+
+
 @pytest.mark.no_interpreter
 def test_same_bits_for_any_threads():
     z1, z2, phi = randn(120, 2, 16), randn(120, 2, 16), mlp(16)

@@ -213,16 +213,39 @@ def test_same_bits_twice_and_reference_backend():
         assert all(relative_error(a, b) <= 1e-5 for a, b in zip(run(), want))
 
 
-def test_compile_aot_eager():
-    f = lambda x, w, y: normalized_softmax_cross_entropy(x, w, y, scale=8.0, margin=0.2)
-    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("margin", [None, 0.2, arcface(0.4), adaface()], ids=str)
+def test_compile_keeps_the_kernels(margin, reduction):
+    torch._dynamo.reset()  # every case compiles the same code anew
+
+    def function():
+        own = copy.deepcopy(margin)  # AdaFace's running statistics move at every call
+        return lambda x, w, y, scale, extra: normalized_softmax_cross_entropy(
+            x, w, y, scale=scale, margin=own, extra_negatives=extra, reduction=reduction
+        )
+
+    compiled, eager = (
+        torch.compile(function(), fullgraph=True, dynamic=True, backend="aot_eager"), function()
+    )  # fmt: skip
     for n in (4, 6):
         x, weight, y = problem(torch.float32, n)
-        got, want = compiled(x, weight, y), f(x, weight, y)
+        y[1] = -100
+        scale, extra = torch.tensor(8.0, device=DEVICE), randn(n, 3).clamp(-1, 1)
+        inputs = [x, weight, scale.requires_grad_(), extra.requires_grad_()]
+        call = lambda f: f(x, weight, y, scale, extra)
+        got, want = call(compiled), call(eager)
         torch.testing.assert_close(got, want)
         torch.testing.assert_close(
-            torch.autograd.grad(got, (x, weight)), torch.autograd.grad(want, (x, weight))
+            torch.autograd.grad(got.sum(), inputs), torch.autograd.grad(want.sum(), inputs)
         )
+
+
+def test_opaque_head():
+    x, weight, y = (t.detach() for t in problem(torch.float32))
+    label, scale = torch.rand(len(x), device=DEVICE), torch.tensor(8.0, device=DEVICE)
+    for extra, rows in ((None, None), (randn(len(x), 2), torch.rand(len(x), device=DEVICE))):
+        inputs = (x.t().contiguous().t(), weight, y, label, scale, extra, rows, True, True)
+        torch.library.opcheck(torch.ops.solera.normalized_softmax.default, inputs)
 
 
 def test_module():

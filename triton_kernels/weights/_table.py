@@ -25,14 +25,14 @@ _captured: list[Tensor] = []
 
 
 def build(
-    rows: Sequence[Sequence[int]], chunks: Sequence[int], like: Tensor
+    rows: Sequence[Sequence[int]] | Tensor, chunks: Sequence[int] | Tensor, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """(rows, programs) on like's device; item i has chunks[i] programs, its row is rows[i]."""
-    counts = torch.tensor(chunks)
+    counts = torch.as_tensor(chunks)
     items = torch.repeat_interleave(counts)
     first = torch.cumsum(counts, 0) - counts
     programs = (items << 32) | (torch.arange(len(items)) - first[items])
-    table = torch.cat([torch.tensor(rows, dtype=torch.int64).flatten(), programs])
+    table = torch.cat([torch.as_tensor(rows, dtype=torch.int64).flatten(), programs])
     if like.is_cuda:
         table = table.pin_memory()
         if torch.cuda.is_current_stream_capturing():
@@ -40,6 +40,12 @@ def build(
     table = table.to(like.device, non_blocking=True)
     split = table.numel() - programs.numel()
     return table[:split], table[split:]
+
+
+def each_row(row: Sequence[int], steps: Sequence[int], count: int) -> Tensor:
+    """A tensor's row of the table once for each of its `count` rows, every number `steps` further each time."""
+    at = torch.arange(count)[:, None]
+    return torch.tensor(row)[None] + at * torch.tensor(steps)[None]
 
 
 def aligned(numbers: Sequence[int]) -> bool:

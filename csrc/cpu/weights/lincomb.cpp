@@ -12,128 +12,15 @@
 // than eight streams pass over the tile in groups of eight, so memory is read once for any K. Dots
 // are summed over a tile in vector lanes, over the tiles of a chunk in double, and over the chunks
 // in order in double.
-#include "../simd.h"
+#include "lincomb_kernels.h"
+#include "tiles.h"
 
 namespace solera {
-
-struct LincombStream {
-  const void* data;
-  int dtype;  // a Dtype code
-};
-struct LincombOutput {
-  void* data;
-  int dtype;
-};
-// One tensor of the list: its K streams, and K coefficients in both accumulator types.
-struct LincombItem {
-  const LincombStream* streams;
-  const float* coefficients;
-  const double* coefficients_double;
-  LincombStream base;  // data may be null
-  int count;           // K
-};
-struct LincombGradient {
-  const void* incoming;  // G
-  int dtype;
-  LincombOutput* tensors;  // K + 1 of them, the base last; data is null where no gradient is needed
-  double* dots;            // K sums of this chunk, or null
-};
-
-struct LincombTable {
-  // Indexed by accumulator: 0 float, 1 double.
-  void (*forward[2])(const LincombItem&, const LincombOutput&, int64_t offset, int64_t count,
-                     bool streaming);
-  void (*backward[2])(const LincombItem&, const LincombGradient&, int64_t offset, int64_t count,
-                      bool streaming);
-};
-
 namespace SOLERA_ISA {
 namespace {
 
 constexpr int kTile = 2048;
 constexpr int kGroup = 8;
-
-template <class A>
-using V = typename Vec<A>::type;
-template <class A>
-constexpr int kWide = Vec<A>::lanes;
-
-SOLERA_INLINE double as_scalar(const double* p) { return *p; }
-SOLERA_INLINE float as_scalar(const float* p) { return *p; }
-template <class H>
-SOLERA_INLINE float as_scalar(const H* p) {
-  return widen_one(*p);
-}
-SOLERA_INLINE void set_scalar(double* p, double v) { *p = v; }
-SOLERA_INLINE void set_scalar(float* p, double v) { *p = float(v); }
-template <class H>
-SOLERA_INLINE void set_scalar(H* p, double v) {
-  *p = narrow_one(float(v), H{});
-}
-
-// A vector of accumulators from storage of another dtype; the double/narrow mixture is the slow
-// one.
-template <class A, class T>
-SOLERA_INLINE V<A> get_as(const T* p, int n) {
-  if constexpr (sizeof(typename Acc<T>::type) == sizeof(A)) {
-    return n == kWide<A> ? load(p) : load_n(p, n);
-  } else {
-    V<A> out{};
-    for (int i = 0; i < n; ++i) out[i] = A(as_scalar(p + i));
-    return out;
-  }
-}
-template <class A, class T>
-SOLERA_INLINE void put_as(T* p, V<A> v, int n, bool streaming) {
-  if constexpr (sizeof(typename Acc<T>::type) == sizeof(A)) {
-    if (n != kWide<A>)
-      store_n(p, v, n);
-    else if (streaming)
-      stream(p, v);
-    else
-      store(p, v);
-  } else {
-    for (int i = 0; i < n; ++i) set_scalar(p + i, double(v[i]));
-  }
-}
-template <int kStep, class F>
-SOLERA_INLINE void lincomb_strips(int64_t n, const F& body) {
-  int64_t j = 0;
-  for (; j + kStep <= n; j += kStep) body(j, kStep);
-  if (j < n) body(j, int(n - j));
-}
-
-template <class T>
-struct Storage {
-  typedef T type;
-};
-// Calls body with the storage type a code stands for.
-template <class F>
-SOLERA_INLINE void with_type(int dtype, const F& body) {
-  switch (dtype) {
-    case kFloat32:
-      return body(Storage<float>{});
-    case kFloat64:
-      return body(Storage<double>{});
-    case kBFloat16:
-      return body(Storage<bf16>{});
-    default:
-      return body(Storage<f16>{});
-  }
-}
-
-// n elements as accumulators: where they lie if they are stored so, else converted into `tile`.
-template <class A>
-const A* as_accumulators(const void* data, int dtype, int64_t offset, int n, A* tile) {
-  if (data == nullptr) return nullptr;
-  if (dtype == (sizeof(A) == 8 ? kFloat64 : kFloat32)) return (const A*)data + offset;
-  with_type(dtype, [&](auto storage) {
-    const auto* p = (const typename decltype(storage)::type*)data + offset;
-    lincomb_strips<kWide<A>>(
-        n, [&](int64_t j, int m) { put_as<A>(tile + j, get_as<A>(p + j, m), m, false); });
-  });
-  return tile;
-}
 
 // Calls body(streams, g, base, j) for every whole vector of n elements, then once more for the
 // rest, copied into zero-padded vectors; j is the place in the tile. One copy of the body serves
@@ -267,19 +154,8 @@ SOLERA_INLINE void add_group(const T* const* w, G, const A* c, const A* base, A*
     add_streams<A, T, G::count, false, false>(w, c, nullptr, total, n);
 }
 
-// out[j] = value(j) for a tile, in the output's dtype.
-template <class A, class F>
-SOLERA_INLINE void store_tile(const LincombOutput& out, int64_t offset, int n, bool streaming,
-                              const F& value) {
-  with_type(out.dtype, [&](auto storage) {
-    auto* p = (typename decltype(storage)::type*)out.data + offset;
-    const bool past = streaming && can_stream(p);
-    lincomb_strips<kWide<A>>(n, [&](int64_t j, int m) { put_as<A>(p + j, value(j, m), m, past); });
-  });
-}
-
 template <class A>
-void lincomb_forward(const LincombItem& item, const LincombOutput& out, int64_t offset,
+void lincomb_forward(const LincombItem& item, const WeightOutput& out, int64_t offset,
                      int64_t count, bool streaming) {
   alignas(64) A total[kTile];
   alignas(64) A base_tile[kTile];
@@ -340,7 +216,6 @@ void lincomb_backward(const LincombItem& item, const LincombGradient& grad, int6
 
 }  // namespace
 
-extern const LincombTable lincomb_table;
 const LincombTable lincomb_table = {
     {lincomb_forward<float>, lincomb_forward<double>},
     {lincomb_backward<float>, lincomb_backward<double>},
@@ -359,18 +234,8 @@ SOLERA_PICK(LincombTable, lincomb_table)
 
 namespace {
 
-// Outputs past this size do not fit the caches beside their inputs, and are stored past them.
-constexpr int64_t kLincombStreamBytes = int64_t(16) << 20;
-
-ScalarType lincomb_scalar_type(int dtype) {
-  return dtype == kFloat32    ? ScalarType::Float
-         : dtype == kFloat64  ? ScalarType::Double
-         : dtype == kBFloat16 ? ScalarType::BFloat16
-                              : ScalarType::Half;
-}
-
 struct LincombTarget {
-  LincombOutput output;
+  WeightOutput output;
   bool wide;
 };
 
@@ -387,11 +252,11 @@ void run_lincomb(const LincombLists& lists, const std::vector<Tensor>& out) {
     bytes += elements * (dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : 2);
   }
   const auto& table = pick_lincomb_table();
-  const bool streaming = bytes >= kLincombStreamBytes;
+  const bool streaming = bytes >= kStreamBytes;
   chunks.parallel(
       kListChunk * 4 * (lists.models + 1), [&](size_t l, int64_t offset, int64_t count, int64_t) {
         const LincombTarget& target = targets[l];
-        table.forward[int(target.wide)](lists.item(l), target.output, offset, count, streaming);
+        table.forward[int(target.wide)](lists.item(l, l), target.output, offset, count, streaming);
       });
 }
 
@@ -399,24 +264,25 @@ std::vector<Tensor> lincomb(const std::vector<Tensor>& tensors, const Tensor& co
                             const std::vector<Tensor>& base, std::optional<ScalarType> out_dtype) {
   const int64_t length = int64_t(tensors.size()) / coefficients.size(0);
   const std::vector<Tensor> first(tensors.begin(), tensors.begin() + length);
-  const LincombLists lists(tensors, coefficients, base, first);
-  LincombLists::same_shapes(tensors, first);
-  LincombLists::same_shapes(base, first);
+  const LincombLists lists("lincomb", tensors, coefficients, base, length, length);
+  lists.same_shapes(tensors, first);
+  lists.same_shapes(base, first);
   std::vector<Tensor> out;
   out.reserve(length);
   for (int64_t l = 0; l < length; ++l)
     out.push_back(
         empty_like(tensors[l], sizes_of(tensors[l]),
-                   out_dtype.has_value() ? *out_dtype : lincomb_scalar_type(lists.promoted(l))));
+                   out_dtype.has_value() ? *out_dtype : scalar_type_of(lists.promoted(l))));
   run_lincomb(lists, out);
   return out;
 }
 
 void lincomb_out(const std::vector<Tensor>& tensors, const Tensor& coefficients,
                  const std::vector<Tensor>& base, const std::vector<Tensor>& out) {
-  const LincombLists lists(tensors, coefficients, base, out);
-  LincombLists::same_shapes(tensors, out);
-  LincombLists::same_shapes(base, out);
+  const LincombLists lists("lincomb", tensors, coefficients, base, int64_t(out.size()),
+                           int64_t(out.size()));
+  lists.same_shapes(tensors, out);
+  lists.same_shapes(base, out);
   std::vector<Tensor> dense_out;
   dense_out.reserve(out.size());
   for (const Tensor& t : out)
@@ -433,10 +299,11 @@ std::tuple<Tensor, std::vector<Tensor>> lincomb_backward(const std::vector<Tenso
                                                          const std::vector<Tensor>& base,
                                                          bool need_coefficients,
                                                          const std::vector<bool>& need_tensors) {
-  const LincombLists lists(tensors, coefficients, base, grads);
+  const LincombLists lists("lincomb", tensors, coefficients, base, int64_t(grads.size()),
+                           int64_t(grads.size()));
   if (need_coefficients) {
-    LincombLists::same_shapes(tensors, grads);
-    LincombLists::same_shapes(base, grads);
+    lists.same_shapes(tensors, grads);
+    lists.same_shapes(base, grads);
   }
   const int64_t K = lists.models, L = lists.length;
   STD_TORCH_CHECK(int64_t(need_tensors.size()) == K * L + (base.empty() ? 0 : L),
@@ -445,7 +312,7 @@ std::tuple<Tensor, std::vector<Tensor>> lincomb_backward(const std::vector<Tenso
                            need_coefficients ? std::vector<int64_t>{K, L} : std::vector<int64_t>{0},
                            ScalarType::Double);
   std::vector<Tensor> gradients, incoming;
-  std::vector<LincombOutput> outputs(size_t((K + 1) * L), LincombOutput{nullptr, 0});
+  std::vector<WeightOutput> outputs(size_t((K + 1) * L), WeightOutput{nullptr, 0});
   std::vector<int> grad_dtypes;
   std::vector<char> wide;
   TensorChunks chunks(grads.size());
@@ -466,12 +333,12 @@ std::tuple<Tensor, std::vector<Tensor>> lincomb_backward(const std::vector<Tenso
   }
   std::vector<double> partial(need_coefficients ? size_t(chunks.total() * K) : 0);
   const auto& table = pick_lincomb_table();
-  const bool streaming = bytes >= kLincombStreamBytes;
+  const bool streaming = bytes >= kStreamBytes;
   chunks.parallel(kListChunk * 4 * (K + 1), [&](size_t l, int64_t offset, int64_t count,
                                                 int64_t chunk) {
     const LincombGradient grad{incoming[l].const_data_ptr(), grad_dtypes[l], &outputs[l * (K + 1)],
                                need_coefficients ? &partial[chunk * K] : nullptr};
-    table.backward[int(wide[l])](lists.item(l), grad, offset, count, streaming);
+    table.backward[int(wide[l])](lists.item(l, l), grad, offset, count, streaming);
   });
   if (need_coefficients) {
     double* total = static_cast<double*>(dots.mutable_data_ptr());

@@ -58,4 +58,37 @@ class TensorChunks {
   std::vector<int64_t> sizes_, first_;
 };
 
+// The rows of a list of tensors as one list: those along the first dimension, or (by_row = false)
+// each tensor as one row.
+class WeightRows {
+ public:
+  WeightRows(const std::vector<Tensor>& tensors, bool by_row) : chunks_(tensors.size()) {
+    first_.push_back(0);
+    for (const Tensor& t : tensors) {
+      const int64_t rows = by_row ? t.size(0) : 1;
+      lengths_.push_back(rows == 0 ? 0 : t.numel() / rows);
+      first_.push_back(first_.back() + rows);
+      for (int64_t row = 0; row < rows; ++row) chunks_.add(lengths_.back());
+    }
+  }
+  struct Place {
+    int64_t tensor, start;  // the element that the row begins at
+  };
+  Place find(int64_t row) const {
+    size_t low = 0, high = lengths_.size();
+    while (high - low > 1) {
+      const size_t middle = (low + high) / 2;
+      (first_[middle] <= row ? low : high) = middle;
+    }
+    while (row >= first_[low + 1]) ++low;
+    return {int64_t(low), (row - first_[low]) * lengths_[low]};
+  }
+  int64_t total() const { return first_.back(); }
+  const TensorChunks& chunks() const { return chunks_; }
+
+ private:
+  TensorChunks chunks_;
+  std::vector<int64_t> lengths_, first_;
+};
+
 }  // namespace solera

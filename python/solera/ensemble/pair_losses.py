@@ -29,7 +29,6 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from .. import _check
 from .._autograd import differentiable_vjp
@@ -111,21 +110,30 @@ def head_loss_reference(z, q, k, options, whole=True):
 # ---- autograd ----------------------------------------------------------------------------------------
 
 
+@reference("pair_head_loss")
+def _head_loss(z, q, k, tau_min, tau_max, beta, need_grad):
+    """The sum of one head's losses and its gradients, a chunk of anchors at a time."""
+    total = z.new_zeros(())
+    dz, dq = (t.new_zeros(t.shape if need_grad else (0,)) for t in (z, q))
+    for first, last in _chunks(z, False):
+        s, negative, positive = _similarities(z, first, last, k)
+        g = q[first:last] @ q.mT
+        losses, ds, dg = _op.pair_losses(
+            s, g, negative, positive, tau_min, tau_max, beta, z.shape[1], need_grad
+        )
+        total += losses.sum()
+        if need_grad:
+            for d, grad, t in ((dz, ds, z), (dq, dg, q)):
+                d[first:last].addmm_(grad, t)
+                d.addmm_(grad.mT, t[first:last])
+    return total, dz, dq
+
+
 class _HeadLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, q, k, options):
-        need = any(ctx.needs_input_grad[:2])
-        total = z.new_zeros(())
-        dz, dq = (torch.zeros_like(t) if need else None for t in (z, q))
-        for first, last in _chunks(z, False):
-            s, negative, positive = _similarities(z, first, last, k)
-            g = q[first:last] @ q.mT
-            losses, ds, dg = _op.pair_losses(s, g, negative, positive, *options, z.shape[1], need)
-            total += losses.sum()
-            if dz is not None and dq is not None:
-                for d, grad, t in ((dz, ds, z), (dq, dg, q)):
-                    d[first:last].addmm_(grad, t)
-                    d.addmm_(grad.mT, t[first:last])
+        need = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        total, dz, dq = _op.pair_head_loss(z, q, k, *options, need)
         ctx.options = (k, options)
         ctx.save_for_backward(z, q, dz, dq)
         return total / z.shape[0]
@@ -200,7 +208,7 @@ def multi_head_contrastive_loss(
             q = phi(head)
             _check.like("phi's output", q, (head.shape[0], q.shape[-1]), head, "z")
             q = q.to(head.dtype)
-            if use_reference() or is_dynamo_compiling():
+            if use_reference():
                 loss = head_loss_reference(head, q, k, options)
             else:
                 loss = _HeadLoss.apply(head, q, k, options)

@@ -27,6 +27,7 @@ from .ensemble_conv import BatchEnsembleConv2d, EnsembleConv2d
 from .evonorm import EvoNorm2dB0, EvoNorm2dB1, EvoNorm2dB2, EvoNorm2dS0
 from .hyper_linear import HyperConv2d, HyperLinear
 from .logits import NormalizedSoftmaxCrossEntropyLoss, StableMaxCrossEntropyLoss, ZLoss
+from .mixout import MixoutLinear
 from .norm import LayerNorm, RMSNorm
 from .online_norm import OnlineNorm1d, OnlineNorm2d
 from .samples_loss import SamplesLoss
@@ -79,6 +80,7 @@ __all__ = [
     "MLPBackboneBatchEnsemble",
     "MLPBackboneEnsemble",
     "MLPBackboneMiniEnsemble",
+    "MixoutLinear",
     "MomentShortcut",
     "MultiHeadContrastiveLoss",
     "MultiLoRALinear",

@@ -24,11 +24,11 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
+from torch.compiler import is_compiling
 
 from .. import _check
 from .._autograd import differentiable_vjp
-from .._registry import accumulate_type
+from .._registry import accumulate_type, reference
 from .._route import use_reference
 from ._labels import REDUCTIONS, labels
 from .logit_norm import SOFTMAX
@@ -84,7 +84,9 @@ def _back_product(g: Tensor, weight: Tensor) -> Tensor:
 class _Head:
     """What the passes over the chunks share: lengths, cosines at the labels, scale and margin."""
 
-    def __init__(self, x: Tensor, weight: Tensor, target: Tensor, scale: Tensor, margin):
+    def __init__(
+        self, x: Tensor, weight: Tensor, target: Tensor, scale: Tensor, margin=None, label=None
+    ):
         acc = accumulate_type(x)
         self.weight, self.target = weight, target
         xx, xy, yy = _op.row_dots(x, weight, target)
@@ -103,12 +105,15 @@ class _Head:
         if isinstance(margin, MadaCos):
             self.scale, m = margin.adapt(cosine, self._others)
             margin = lambda cosine, norms: cosine - m
+        self.scales = self.scale.expand(x.shape[0])
+        if label is not None:  # given, and its gradient is the caller's
+            self.label, self.slope = label, torch.zeros_like(label)
+            return
         with torch.enable_grad():
             leaf = cosine.detach().requires_grad_()
             moved = leaf if margin is None else margin(leaf, self.x_norm)
             (slope,) = torch.autograd.grad(moved.sum(), leaf)
         self.label, self.slope = moved.detach(), slope
-        self.scales = self.scale.expand(x.shape[0])
 
     def _others(self, row: Tensor, scale: Tensor) -> Tensor:
         """log sum over the classes other than its label of e^(scale cos), for one row."""
@@ -127,10 +132,13 @@ class _Head:
         return _op.logit_statistics(logits, target, scales, self.w_inverse, None, 0.0, SOFTMAX)
 
     def run(self, extra: Tensor | None, row_weight: Tensor | None, need_x: bool, need_weight: bool):
-        """(losses, dx, dweight, dextra, dscale) of sum(row_weight * losses); None where not asked for."""
+        """(losses, dx, dweight, dextra, dscale, dlabel) of sum(row_weight * losses); None where not asked for.
+
+        dlabel is the gradient to the cosines at the labels, which dx and dweight hold already by their slope.
+        """
         grads = row_weight is not None
         rows, width = self.x_hat.shape[0], self.weight.shape[0]
-        losses = self.x_hat.new_empty(rows)
+        losses, dlabel = self.x_hat.new_empty(rows), self.x_hat.new_zeros(rows)
         dx_hat = torch.empty_like(self.x_hat) if grads and need_x else None
         dweight = None
         dextra = None if extra is None or not grads else torch.empty_like(extra)
@@ -149,6 +157,7 @@ class _Head:
             if row_weight is None:
                 continue
             outside = torch.where(y >= 0, row_weight[part] * torch.sigmoid(-gap), 0.0)
+            dlabel[part] = -s * outside
             share = outside * torch.exp(others - total)
             dscale = dscale + (share * mean - outside * self.label[part]).sum()
             if negatives is not None and dextra is not None:
@@ -157,7 +166,7 @@ class _Head:
                 dscale = dscale + (p * negatives).sum()
             if not (need_x or need_weight):
                 continue
-            label = -s * outside * self.slope[part]
+            label = dlabel[part] * self.slope[part]
             _op.logit_gradient_(
                 logits, y, scales, self.w_inverse, None, others, share, others, label, SOFTMAX
             )
@@ -173,7 +182,7 @@ class _Head:
                 else:
                     dweight.addmm_(logits.t(), operand)
         del buffer
-        return losses, self._dx(dx_hat), self._dweight(dweight), dextra, dscale
+        return losses, self._dx(dx_hat), self._dweight(dweight), dextra, dscale, dlabel
 
     def _dx(self, d: Tensor | None) -> Tensor | None:
         if d is None:
@@ -243,7 +252,7 @@ class _NormalizedSoftmax(torch.autograd.Function):
             row_weight = None
             if reduction != "none":
                 row_weight = _row_weights(target, reduction, head.x_hat.dtype)
-            losses, *grads = head.run(extra, row_weight, need_x, need_weight)
+            losses, *grads, _ = head.run(extra, row_weight, need_x, need_weight)
         # Not a saved tensor: nobody else may hold this one, for backward scales it in place.
         ctx.grads = grads if row_weight is not None else None
         ctx.options = (margin, reduction)
@@ -280,7 +289,7 @@ class _NormalizedSoftmax(torch.autograd.Function):
                     row_weight, factor = g, None
                 else:
                     row_weight = _row_weights(target, reduction, head.x_hat.dtype)
-                _, *grads = head.run(extra, row_weight, *needs[:2])
+                _, *grads, _ = head.run(extra, row_weight, *needs[:2])
         out: list[Tensor | None] = []
         for t, like, need in zip(
             grads, (x, weight, extra, scale), (*needs[:2], needs[3], needs[2])
@@ -302,6 +311,71 @@ def _frozen(margin):
     if getattr(margin, "training", False) and hasattr(margin, "momentum"):
         return type(margin)(**{**vars(margin), "training": False})
     return margin
+
+
+# ---- under torch.compile -----------------------------------------------------------------------------
+
+
+@reference("normalized_softmax")
+def _head_op(x, weight, target, label, scale, extra, row_weight, need_x, need_weight):
+    with torch.autocast(x.device.type, enabled=False):
+        found = _Head(x, weight, target, scale, label=label).run(
+            extra, row_weight, need_x, need_weight
+        )
+    nothing = x.new_empty(0, dtype=accumulate_type(x))
+    return tuple(nothing.clone() if t is None else t.contiguous() for t in found)
+
+
+class _OpaqueHead(torch.autograd.Function):
+    """Losses from the cosines at the labels, given; the products over all classes stay inside one op."""
+
+    @staticmethod
+    def forward(ctx, x, weight, label, scale, extra, target, row_weight, needs):
+        ctx.needs, ctx.given = needs, row_weight is not None
+        losses, *grads = _op.normalized_softmax(
+            x, weight, target, label, scale, extra, row_weight, *needs
+        )
+        if row_weight is None:
+            ctx.save_for_backward(x, weight, label, scale, extra, target)
+            return losses
+        ctx.save_for_backward(x, weight, label, scale, extra, target, *grads)
+        return (losses.double() * row_weight.double()).sum().to(losses.dtype)
+
+    @staticmethod
+    def backward(ctx, g):
+        x, weight, label, scale, extra, target, *grads = ctx.saved_tensors
+        if ctx.given:
+            grads = [g * t for t in grads]
+        else:
+            _, *grads = _op.normalized_softmax(
+                x, weight, target, label, scale, extra, g, *ctx.needs
+            )
+        dx, dweight, dextra, dscale, dlabel = grads
+        return (
+            dx.to(x.dtype) if ctx.needs[0] else None,
+            dweight.to(weight.dtype) if ctx.needs[1] else None,
+            dlabel,
+            dscale,
+            None if extra is None else dextra,
+            *(None, None, None),
+        )
+
+
+def _compiled(x, weight, y, scale, margin, extra, reduction) -> Tensor:
+    """The cosines at the labels by plain torch, so that any margin traces; the rest by one op."""
+    acc = accumulate_type(x)
+    v = x.to(acc)
+    length = v.norm(dim=1).clamp(min=EPS)
+    at_label = F.normalize(weight[y.clamp(min=0)].to(acc), dim=1, eps=EPS)
+    label = (F.normalize(v, dim=1, eps=EPS) * at_label).sum(1)
+    if margin is not None:
+        label = margin(label, length.detach())
+    row_weight = None if reduction == "none" else _row_weights(y, reduction, acc)
+    needs = (x.requires_grad, weight.requires_grad)
+    return _OpaqueHead.apply(x, weight, label, scale, extra, y, row_weight, needs)
+
+
+# ---- public function ---------------------------------------------------------------------------------
 
 
 def normalized_softmax_cross_entropy(
@@ -365,7 +439,9 @@ def normalized_softmax_cross_entropy(
         margin = CosFace(_check.number("margin", margin))
     if isinstance(margin, CosFace) and margin.m == 0:
         margin = None
-    if use_reference() or is_dynamo_compiling():
+    if is_compiling() and not isinstance(margin, MadaCos):
+        return _compiled(x, weight, y, s, margin, extra_negatives, reduction)
+    if use_reference() or is_compiling():
         losses = _reference_losses(x, weight, y, s, margin, extra_negatives)
         if reduction == "none":
             return losses

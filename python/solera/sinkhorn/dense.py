@@ -250,7 +250,9 @@ def sinkhorn(
     earlier = arguments.schedule(epsilon_scaling, epsilon, max_iterations)
     _check.choice("gradient", gradient, GRADIENTS)
     _check.choice("validate", validate, (None, True, False))
-    limits = arguments.bounds(lengths, cost)
+    limits = arguments.bounds(
+        lengths, cost, tuple(cost.shape), f"cost of shape {tuple(cost.shape)}"
+    )
     rows, columns = (None, None) if limits is None else within(limits, n, m)
     weight_a = arguments.weights("a", a, n, cost, rows)
     weight_b = arguments.weights("b", b, m, cost, columns)

@@ -118,15 +118,18 @@ def schedule(scaling: Any, epsilon: float, max_iterations: int) -> list[float]:
     return steps
 
 
-def bounds(lengths: Any, cost: Tensor) -> Tensor | None:
-    """`lengths` as (batch..., 2), int64: the rows and columns of every problem; None if there is no padding."""
+def bounds(lengths: Any, like: Tensor, shape: tuple[int, ...], goes_with: str) -> Tensor | None:
+    """`lengths` as (batch..., 2), int64: the rows and columns of every problem; None if there is no padding.
+
+    shape: (batch..., n, m); goes_with: what the user gave of that shape, whose device `like` has.
+    """
     if lengths is None:
         return None
     if not isinstance(lengths, tuple | list) or len(lengths) != 2:
         raise TypeError(
             f"lengths: expected None or a pair (rows, columns), got {type(lengths).__name__}"
         )
-    *batch, n, m = cost.shape
+    *batch, n, m = shape
     parts = []
     for k, (value, most) in enumerate(zip(lengths, (n, m))):
         name = f"lengths[{k}]"
@@ -135,7 +138,7 @@ def bounds(lengths: Any, cost: Tensor) -> Tensor | None:
         if isinstance(value, int) and not isinstance(value, bool):
             if not 0 <= value <= most:
                 raise ValueError(f"{name}: expected a length in [0, {most}], got {value}")
-            value = torch.full(batch, value, dtype=torch.int64, device=cost.device)
+            value = torch.full(batch, value, dtype=torch.int64, device=like.device)
         if not isinstance(value, Tensor):
             raise TypeError(
                 f"{name}: expected None, an int or a tensor, got {type(value).__name__}"
@@ -144,15 +147,23 @@ def bounds(lengths: Any, cost: Tensor) -> Tensor | None:
             raise TypeError(f"{name}: expected integers, got {value.dtype}")
         if value.shape != torch.Size(batch):
             raise ValueError(
-                f"{name}: expected shape {tuple(batch)} to go with cost of shape {tuple(cost.shape)}, "
+                f"{name}: expected shape {tuple(batch)} to go with {goes_with}, "
                 f"got {tuple(value.shape)}"
             )
-        if value.device != cost.device:
-            raise ValueError(
-                f"{name}: expected device {cost.device} (that of cost), got {value.device}"
-            )
+        if value.device != like.device:
+            raise ValueError(f"{name}: expected device {like.device}, got {value.device}")
         parts.append(value.to(torch.int64))
     return torch.stack(parts, -1)
+
+
+def check_bounds(lengths: Tensor, n: int, m: int) -> None:
+    """Every length within its side."""
+    for k, most in enumerate((n, m)):
+        if not bool(((lengths[..., k] >= 0) & (lengths[..., k] <= most)).all()):
+            raise ValueError(
+                f"lengths[{k}]: expected lengths in [0, {most}], got {int(lengths[..., k].min())} to "
+                f"{int(lengths[..., k].max())}"
+            )
 
 
 def check_values(
@@ -167,12 +178,7 @@ def check_values(
     some = None
     if lengths is not None:
         n, m = cost.shape[-2:]
-        for k, most in enumerate((n, m)):
-            if not bool(((lengths[..., k] >= 0) & (lengths[..., k] <= most)).all()):
-                raise ValueError(
-                    f"lengths[{k}]: expected lengths in [0, {most}], got {int(lengths[..., k].min())} to "
-                    f"{int(lengths[..., k].max())}"
-                )
+        check_bounds(lengths, n, m)
         rows, columns = within(lengths, n, m)
         cost = torch.where(rows.unsqueeze(-1) & columns.unsqueeze(-2), cost, torch.inf)
         some = (lengths > 0).all(-1)

@@ -14,8 +14,9 @@ from torch.utils import _pytree
 from .. import _check
 from .._registry import accumulate_type
 from .dense_arguments import TOTALS as _TOTALS
+from .dense_arguments import bounds, check_bounds
 from .dense_arguments import count as _count
-from .plan import transforms_active, transport_plan
+from .plan import transforms_active, transport_plan, within
 from .streaming import points_softmin, solve_points
 from .streaming_apply import COSTS, apply_density, cost_matrix
 
@@ -270,6 +271,19 @@ def _initial(init: Any, x: Tensor, y: Tensor) -> tuple[Tensor | None, Tensor | N
     return out[0], out[1]
 
 
+def _without_padding(points: Tensor, weight: Tensor, given: bool, inside: Tensor, some: Tensor):
+    """Points and weights of padded clouds: the padding lies on the cloud's first point and weighs nothing.
+
+    An item without points (not some) gets the weights of one at the origin, so that its numbers stay finite.
+    """
+    first = torch.where(some[:, None, None], points.detach()[:, :1], 0.0)
+    points = torch.where(inside[..., None], points, first)
+    weight = weight if given else 1.0 / inside.sum(-1, keepdim=True).clamp(min=1).to(weight.dtype)
+    weight = torch.where(inside, weight, 0.0)
+    alone = torch.arange(points.shape[-2], device=points.device) == 0
+    return points, torch.where(some[:, None], weight, alone.to(weight.dtype))
+
+
 def check_values(x: Tensor, y: Tensor, a: Tensor, b: Tensor, kinds: list, balanced: bool) -> None:
     """The checks that read the data."""
     for name, t in (("x", x), ("y", y)):
@@ -307,6 +321,7 @@ def sinkhorn_points(
     epsilon_scaling: tuple[float, float] | list[float] | None = None,
     init: SinkhornPointsResult | tuple[Tensor, Tensor] | None = None,
     momentum: float = 1.0,
+    lengths: tuple[Tensor | int | None, Tensor | int | None] | None = None,
     validate: bool | None = None,
 ) -> SinkhornPointsResult:
     r"""Entropic optimal transport between two clouds of points, in O((n + m) d) memory.
@@ -332,8 +347,11 @@ def sinkhorn_points(
         init: potentials (f, g) or an earlier result to start from; not differentiated.
         momentum: over-relaxation of both updates, in (0, 2); 1 is plain Sinkhorn. 1.5 to 1.9 takes fewer
             iterations at a small epsilon; it may not converge from a poor start.
-        validate: check values (NaN, negative weights, totals) and raise. None: on for CPU tensors in eager
-            mode, off elsewhere. Without it a bad batch item has NaN potentials and converged = False.
+        lengths: (numbers of points in x, in y), integer tensors of the batch's shape (or an int, or None for all)
+            of padded clouds: what lies behind is neither read nor weighed, its potentials are 0; uniform
+            marginals are uniform over the points there are. A problem without points has cost 0.
+        validate: check values (NaN, negative weights, totals, lengths) and raise. None: on for CPU tensors in
+            eager mode, off elsewhere. Without it a bad batch item has NaN potentials and converged = False.
 
     Coordinates so large that a cost overflows the dtype (squares of 1e30 in float32) give NaN in their batch item.
 
@@ -368,19 +386,43 @@ def sinkhorn_points(
     m = y.shape[-2]
     flat_a, flat_b = weights_of("a", a, x, "x"), weights_of("b", b, y, "y")
     f0, g0 = _initial(init, x, y)
+    limits = bounds(
+        lengths, x, (*batch, n, m), f"x of shape {tuple(x.shape)} and y of {tuple(y.shape)}"
+    )
+    rows = columns = some = None
+    if limits is None:
+        flat_x, flat_y = flat_points(x, cost), flat_points(y, cost)
+    else:
+        flat_x, flat_y = flat_points(x, "padded"), flat_points(y, "padded")
+        limits = limits.reshape(math.prod(batch), 2)
+        rows, columns = within(limits, n, m)
+        some = (limits > 0).all(-1)
+        flat_x, flat_a = _without_padding(flat_x, flat_a, a is not None, rows, some)
+        flat_y, flat_b = _without_padding(flat_y, flat_b, b is not None, columns, some)
+        flat_x, flat_y = flat_points(flat_x, cost), flat_points(flat_y, cost)
     plain = not torch.compiler.is_compiling() and not transforms_active()
     eager_cpu = x.device.type == "cpu" and plain
     if plain and (eager_cpu if validate is None else validate):
         kinds = [t.dtype for t in (a, b) if t is not None] or [accumulate_type(x)]
+        if limits is not None:
+            check_bounds(limits, n, m)
+        seen_x, seen_y = (x, y) if limits is None else (flat_x, flat_y)
         check_values(
-            x.detach(), y.detach(), flat_a.detach(), flat_b.detach(), kinds, rho_a < 0 and rho_b < 0
-        )
+            seen_x.detach(), seen_y.detach(), flat_a.detach(), flat_b.detach(), kinds,
+            rho_a < 0 and rho_b < 0,
+        )  # fmt: skip
     code = code_of(cost)
-    flat_x, flat_y = flat_points(x, cost), flat_points(y, cost)
     f, g, value, iterations, error, converged = solve_points(
         flat_x, flat_y, flat_a, flat_b, f0, g0, code, epsilons, rho_a, rho_b, momentum,
         max_iterations, tolerance, check_every,
     )  # fmt: skip
+    if rows is not None and columns is not None and some is not None:
+        f = torch.where(rows & some[:, None], f, 0.0)
+        g = torch.where(columns & some[:, None], g, 0.0)
+        value, error = torch.where(some, value, 0.0), torch.where(some, error, 0.0)
+        iterations = torch.where(some, iterations, 0)
+        converged = converged | ~some
+        flat_a, flat_b = (torch.where(some[:, None], t, 0.0) for t in (flat_a, flat_b))
     if tolerance > 0 and eager_cpu and not bool(converged.all()):
         warnings.warn(
             f"solera.sinkhorn_points: {int((~converged).sum())} of {math.prod(batch)} problems have a marginal "

@@ -1,5 +1,6 @@
 """Weight interpolation: combinations and moving averages of the weights of several models."""
 
+from . import methods
 from .averages import (
     GreedyLog,
     GreedyStep,
@@ -20,10 +21,33 @@ from .embeddings import (
     mix_pairs,
     pairwise_cosine_diversity,
 )
+from .federated import principal_aggregate, softmax_margin_ce
+from .geometry import karcher_mean, model_stock, multi_slerp, slerp
+from .gram import gram
 from .indexed_ema import class_ema_, indexed_ema_
 from .learned import Soup
 from .lincomb import lincomb
 from .lookahead import lookahead_
+from .merge import merge
+from .merge_files import merge_files
+from .mixing import (
+    coteaching_select,
+    mix_logprobs,
+    nonneg_project_,
+    prefix_mask,
+    softplus_weight,
+    weighted_sum,
+)
+from .reparam import gradient_dropout, masked_weight, mixout, weight_compand
+from .reparam_linear import masked_linear, mixout_linear
+from .row_lincomb import row_lincomb
+from .sparse_delta import (
+    sparse_delta_linear,
+    sparse_delta_weight,
+    sparse_nuclear_norm,
+    sparse_select,
+)
+from .sparse_training import erk_density, masked_update_, prune_grow_
 from .sweep import interpolate
 
 __all__ = [
@@ -33,24 +57,54 @@ __all__ = [
     "cfg_kd_loss",
     "class_ema_",
     "conv_lora_weight",
+    "coteaching_select",
     "elr_loss",
     "ema_",
+    "erk_density",
     "focal_info_nce",
+    "gradient_dropout",
+    "gram",
     "greedy_soup",
     "indexed_ema_",
     "interpolate",
     "isogclr_loss",
+    "karcher_mean",
     "kl_to_bank",
     "lincomb",
     "lookahead_",
+    "masked_linear",
     "masked_mean_pool",
+    "masked_update_",
+    "masked_weight",
+    "merge",
+    "merge_files",
+    "methods",
+    "mix_logprobs",
     "mix_negatives",
     "mix_pairs",
+    "mixout",
+    "mixout_linear",
+    "model_stock",
+    "multi_slerp",
+    "nonneg_project_",
     "pairwise_cosine_diversity",
+    "prefix_mask",
+    "principal_aggregate",
+    "prune_grow_",
     "rationale_loss",
+    "row_lincomb",
     "running_mean_",
+    "slerp",
+    "softmax_margin_ce",
+    "softplus_weight",
     "soup",
+    "sparse_delta_linear",
+    "sparse_delta_weight",
+    "sparse_nuclear_norm",
+    "sparse_select",
     "task_arithmetic",
+    "weight_compand",
+    "weighted_sum",
     "windowed_ema",
     "wise_ft",
 ]

@@ -1,0 +1,436 @@
+"""Ways to merge, as values: what `merge` and `merge_files` are told to do with each tensor.
+
+A method is a small frozen dataclass: it compares, hashes and pickles, and its repr is the call that makes it.
+Its one hook, `merge_tensor`, makes one named tensor of the result from that tensor in each of the K models (and
+in the base). Random methods draw from (seed, the tensor's name, the element), so that neither the order of
+the tensors nor that of the files matters.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .._registry import compiled_library
+
+Tiling = Literal["elements", "rows", "whole"]
+Numbers = tuple[float, ...]
+
+
+def _function(name: str):
+    """A function of solera.weights, which itself imports this module."""
+    return getattr(importlib.import_module("solera.weights"), name)
+
+
+def _numbers(owner: object, name: str, value: Any) -> None:
+    """Turn a field that holds a list of numbers into a tuple of floats, which hashes."""
+    if value is None:
+        return
+    try:
+        found = tuple(float(v) for v in value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a list of numbers, got {value!r}") from None
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"{name}: expected finite numbers, one a model, got {value!r}")
+    object.__setattr__(owner, name, found)
+
+
+def _within(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What all methods have. A subclass overrides `merge_tensor`, and `tiling` where a part of a tensor can be
+    merged without the rest.
+    """
+
+    uses_base: ClassVar[bool] = False
+    # Whether the models may change places (with their weights); what draws random numbers for model k may not.
+    symmetric: ClassVar[bool] = True
+
+    def merge_tensor(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+        *,
+        seed: int = 0,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The merged tensor `name`, in out_dtype (default: the promoted dtype); `out` may be written and returned."""
+        raise NotImplementedError
+
+    def tiling(self, shape: Sequence[int]) -> Tiling:
+        """Which parts of a tensor can be merged alone: any elements, whole rows, or only all of it."""
+        return "whole"
+
+    def scratch(self, count: int) -> float:
+        """Memory a call takes besides its inputs and its result, in accumulators an element."""
+        return 0.0
+
+    def models(self, count: int) -> tuple[int, ...]:
+        """Which of the K models are read."""
+        return tuple(range(count))
+
+    def reads_base(self, count: int) -> bool:
+        """Whether the base is read for K models."""
+        return self.uses_base
+
+    def check(self, count: int, base: bool) -> None:
+        """An error if the method does not fit K models, with or without a base."""
+        if self.uses_base and not base:
+            raise ValueError(f"base: {self!r} needs one, got None")
+        weights = getattr(self, "weights", None)
+        if weights is not None and len(weights) != count:
+            raise ValueError(
+                f"weights: expected {count}, one for each model, got {len(weights)} in {self!r}"
+            )
+
+    def permuted(self, order: Sequence[int]) -> Method:
+        """The same method for the models in another order."""
+        weights = getattr(self, "weights", None)
+        if weights is None:
+            return self
+        return replace(self, weights=tuple(weights[i] for i in order))  # type: ignore[call-arg]
+
+    def _mean_weights(self, count: int) -> list[float]:
+        return list(getattr(self, "weights", None) or [1 / count] * count)
+
+
+def _widened(
+    tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """As they are, or in the result's dtype where that is wider than theirs: else it would be rounded twice."""
+    dtype = tensors[0].dtype
+    for t in (*tensors[1:], *(() if base is None else (base,))):
+        dtype = torch.promote_types(dtype, t.dtype)
+    if out_dtype is None or torch.promote_types(dtype, out_dtype) == dtype:
+        return list(tensors), base
+    dtype = torch.promote_types(dtype, out_dtype)
+    return [t.to(dtype) for t in tensors], None if base is None else base.to(dtype)
+
+
+# ---- elementwise -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Linear(Method):
+    """sum_k w_k W_k, by default the mean; with `normalize` the weights are divided by their sum."""
+
+    weights: Numbers | None = None
+    normalize: bool = True
+
+    def __post_init__(self):
+        _numbers(self, "weights", self.weights)
+        if self.normalize and self.weights is not None and sum(self.weights) == 0:
+            raise ValueError(
+                f"weights: they add up to zero and cannot be normalized: {self.weights}"
+            )
+
+    def tiling(self, shape):
+        return "elements"
+
+    def coefficients(self, count: int) -> list[float]:
+        weights = self.weights or (1.0,) * count
+        total = math.fsum(weights) if self.normalize else 1.0
+        return [w / total for w in weights]
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        return _lincomb(tensors, self.coefficients(len(tensors)), None, out_dtype, out)
+
+
+@dataclass(frozen=True)
+class TaskArithmetic(Method):
+    """base + sum_k w_k (W_k - base). A single number is the weight of every model."""
+
+    weights: Numbers | float
+    uses_base: ClassVar[bool] = True
+
+    def __post_init__(self):
+        if not isinstance(self.weights, int | float):
+            _numbers(self, "weights", self.weights)
+
+    def tiling(self, shape):
+        return "elements"
+
+    def check(self, count, base):
+        if isinstance(self.weights, tuple):
+            super().check(count, base)
+        elif not base:
+            raise ValueError(f"base: {self!r} needs one, got None")
+
+    def permuted(self, order):
+        return super().permuted(order) if isinstance(self.weights, tuple) else self
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        weights = self.weights
+        if not isinstance(weights, tuple):
+            weights = (float(weights),) * len(tensors)
+        return _lincomb(tensors, list(weights), base, out_dtype, out)
+
+
+def _lincomb(tensors, coefficients, base, out_dtype, out):
+    if out is None:
+        return _function("lincomb")(tensors, coefficients, base=base, out_dtype=out_dtype)
+    return _function("lincomb")(tensors, coefficients, base=base, out=out)
+
+
+@dataclass(frozen=True)
+class Copy(Method):
+    """The tensor of one model, as it is. `index` counts the models in the order given."""
+
+    index: int = 0
+    symmetric: ClassVar[bool] = False
+
+    def tiling(self, shape):
+        return "elements"
+
+    def models(self, count):
+        return (self.index,)
+
+    def check(self, count, base):
+        if not isinstance(self.index, int) or not 0 <= self.index < count:
+            raise ValueError(
+                f"index: expected 0 to {count - 1} for {count} models, got {self.index!r}"
+            )
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        return _cast(tensors[0], out_dtype, out)
+
+
+@dataclass(frozen=True)
+class FromBase(Method):
+    """The base's tensor, as it is."""
+
+    uses_base: ClassVar[bool] = True
+
+    def tiling(self, shape):
+        return "elements"
+
+    def models(self, count):
+        return ()
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        return _cast(base, out_dtype, out)
+
+
+def _cast(t: Tensor, out_dtype: torch.dtype | None, out: Tensor | None) -> Tensor:
+    return t.to(out_dtype or t.dtype) if out is None else out.copy_(t)
+
+
+@dataclass(frozen=True)
+class Same(Method):
+    """The common value of all models: what integer and boolean tensors get. Differing values are an error."""
+
+    def tiling(self, shape):
+        return "elements"
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        first = tensors[0]
+        for k, t in enumerate(tensors[1:], 1):
+            if not torch.equal(_bits(t), _bits(first)):
+                raise ValueError(
+                    f"{name!r} is of {first.dtype}, which is not averaged, and differs between models 0 and "
+                    f"{k}: make them equal, or give it a rule (Copy(0) or FromBase())"
+                )
+        return first
+
+
+def _bits(t: Tensor) -> Tensor:
+    """Bytes: torch.equal knows no float8, and takes no NaN for equal."""
+    return t.contiguous().reshape(-1).view(torch.uint8)
+
+
+# ---- geometry ----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Geometric(Method):
+    """What may work row by row: with `dim=0` each row of the first dimension is a vector of its own."""
+
+    def scratch(self, count):
+        return 0.5 if compiled_library is not None else 4.0 * count
+
+    def tiling(self, shape):
+        return "rows" if getattr(self, "dim", None) == 0 and len(shape) > 1 else "whole"
+
+
+@dataclass(frozen=True)
+class Slerp(_Geometric):
+    """Spherical interpolation from the first model (t = 0) to the second (t = 1), or from the base to one model."""
+
+    t: float = 0.5
+    dim: int | None = None
+    colinear: float = 0.9995
+    symmetric: ClassVar[bool] = False
+
+    def check(self, count, base):
+        if count != 2 and not (count == 1 and base):
+            raise ValueError(f"models: Slerp takes two, or one and a base, got {count}")
+
+    def reads_base(self, count):
+        return count == 1
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        ends = [base, *tensors] if len(tensors) == 1 else list(tensors)
+        (a, b), _ = _widened(ends, None, out_dtype)
+        return _function("slerp")(a, b, self.t, dim=self.dim, colinear=self.colinear)
+
+
+@dataclass(frozen=True)
+class MultiSlerp(_Geometric):
+    """Weighted spherical mean of K models, by default with equal weights, in the tangent space of their mean."""
+
+    weights: Numbers | None = None
+
+    def __post_init__(self):
+        _numbers(self, "weights", self.weights)
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, _ = _widened(tensors, None, out_dtype)
+        return _function("multi_slerp")(tensors, self._mean_weights(len(tensors)))
+
+
+@dataclass(frozen=True)
+class Karcher(_Geometric):
+    """Karcher (Fréchet) mean of K models on the sphere, by default with equal weights."""
+
+    weights: Numbers | None = None
+
+    def __post_init__(self):
+        _numbers(self, "weights", self.weights)
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, _ = _widened(tensors, None, out_dtype)
+        return _function("karcher_mean")(tensors, self._mean_weights(len(tensors)))
+
+
+@dataclass(frozen=True)
+class ModelStock(_Geometric):
+    """Model Stock: the mean of K fine-tuned models drawn towards the base by the angle between them."""
+
+    dim: int | None = None
+    uses_base: ClassVar[bool] = True
+
+    def check(self, count, base):
+        super().check(count, base)
+        if count < 2:
+            raise ValueError(f"models: ModelStock takes at least two, got {count}")
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, base = _widened(tensors, base, out_dtype)
+        merged, _ = _function("model_stock")(base, tensors, dim=self.dim)
+        return merged
+
+
+# ---- task vectors, trimmed or thinned ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _TaskVectors(Method):
+    uses_base: ClassVar[bool] = True
+
+    def scratch(self, count):
+        return 1.0 if compiled_library is not None else 8.0 * count
+
+    def __post_init__(self):
+        _numbers(self, "weights", getattr(self, "weights", None))
+        _within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
+
+    def _drawn(self, function, name, tensors, base, out_dtype, seed, options):
+        """By name, as state dicts of one entry, since masks are drawn by name."""
+        tensors, base = _widened(tensors, base, out_dtype)
+        numbers = (self._mean_weights(len(tensors)), getattr(self, "density"))  # noqa: B009
+        chosen = {key: getattr(self, key) for key in options}
+        named = [{name: t} for t in tensors]
+        return _function(function)({name: base}, named, *numbers, seed=seed, **chosen)[name]
+
+
+@dataclass(frozen=True)
+class Ties(_TaskVectors):
+    """TIES: of each task vector the largest `density`, a sign by majority, the mean of those that agree.
+
+    The threshold is taken tensor by tensor. Weights default to 1. Arguments as of `solera.weights.ties`.
+    """
+
+    density: float = 0.2
+    weights: Numbers | None = None
+    elect: str = "mass"
+    weigh: str = "before"
+    divide: str = "weight"
+    scale: float = 1.0
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, base = _widened(tensors, base, out_dtype)
+        weights = list(self.weights or [1.0] * len(tensors))
+        options = {key: getattr(self, key) for key in ("elect", "weigh", "divide", "scale")}
+        return _function("ties")(base, tensors, weights, self.density, **options)
+
+
+@dataclass(frozen=True)
+class Dare(_TaskVectors):
+    """DARE: each element of a task vector kept with probability `density` and rescaled. Weights default to 1 / K.
+
+    Arguments as of `solera.weights.dare`.
+    """
+
+    density: float = 0.5
+    weights: Numbers | None = None
+    rescale: str | None = "probability"
+    consensus: str | None = None
+    scale: float = 1.0
+    symmetric: ClassVar[bool] = False
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        options = ("rescale", "consensus", "scale")
+        return self._drawn("dare", name, tensors, base, out_dtype, seed, options)
+
+
+@dataclass(frozen=True)
+class Breadcrumbs(_TaskVectors):
+    """Model breadcrumbs: each task vector without its `gamma` largest elements, and of the rest the `density`
+    largest. Weights default to 1 / K. Arguments as of `solera.weights.breadcrumbs`.
+    """
+
+    density: float = 0.9
+    gamma: float = 0.01
+    weights: Numbers | None = None
+    consensus: str | None = None
+    scale: float = 1.0
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        tensors, base = _widened(tensors, base, out_dtype)
+        numbers = (self._mean_weights(len(tensors)), self.density, self.gamma)
+        options = {"consensus": self.consensus, "scale": self.scale}
+        return _function("breadcrumbs")(base, tensors, *numbers, **options)
+
+
+@dataclass(frozen=True)
+class Della(_TaskVectors):
+    """DELLA: elements dropped at random, smaller ones more often: kept with probability density - epsilon to
+    density + epsilon by rank in the row. Weights default to 1 / K. Arguments as of `solera.weights.della`.
+    """
+
+    density: float = 0.5
+    epsilon: float = 0.1
+    weights: Numbers | None = None
+    rescale: str | None = "probability"
+    consensus: str | None = "mass"
+    scale: float = 1.0
+    symmetric: ClassVar[bool] = False
+
+    def scratch(self, count):
+        return 40.0 + 2.0 * count  # ranks by torch's sort, and their masks
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        options = ("epsilon", "rescale", "consensus", "scale")
+        return self._drawn("della", name, tensors, base, out_dtype, seed, options)
