@@ -1009,6 +1009,33 @@ op(
 )
 
 
+# ---- weights.sweep -----------------------------------------------------------------------------------
+
+# base, tuned: L tensors each, a pair of one dtype; alpha (A,) or (A, L) float32 or float64; out and grads (A, ...).
+
+op("weights.sweep", "lerp_sweep(Tensor[] base, Tensor[] tuned, Tensor alpha) -> Tensor[]")
+op(
+    "weights.sweep",
+    "lerp_sweep_backward(Tensor[] grads, Tensor[] base, Tensor[] tuned, Tensor alpha, bool need_alpha,"
+    " bool need_base, bool need_tuned) -> (Tensor dalpha, Tensor[] dbase, Tensor[] dtuned)",
+)
+
+
+# ---- weights.lookahead -------------------------------------------------------------------------------
+
+op("weights.lookahead", "lookahead_(Tensor(a!)[] slow, Tensor(b!)[] fast, float alpha) -> ()")
+
+
+# ---- weights.indexed_ema -----------------------------------------------------------------------------
+
+# bank (N, D), index (B,) int64 (negative: left out), values (B, D).
+
+op(
+    "weights.indexed_ema",
+    "indexed_ema_(Tensor(a!) bank, Tensor index, Tensor values, float decay) -> ()",
+)
+
+
 # ---- weights.gram ------------------------------------------------------------------------------------
 
 # tensors: models times L, model by model; by_row: the rows are those along a tensor's first dimension, else each

@@ -1,12 +1,33 @@
 """Weight interpolation: combinations and moving averages of the weights of several models."""
 
 from . import methods
+from .averages import (
+    GreedyLog,
+    GreedyStep,
+    greedy_soup,
+    running_mean_,
+    soup,
+    task_arithmetic,
+    windowed_ema,
+    wise_ft,
+)
+from .bank_losses import cfg_kd_loss, elr_loss, isogclr_loss, kl_to_bank, rationale_loss
 from .conv_lora import conv_lora_weight
 from .ema import ema_
+from .embeddings import (
+    focal_info_nce,
+    masked_mean_pool,
+    mix_negatives,
+    mix_pairs,
+    pairwise_cosine_diversity,
+)
 from .federated import principal_aggregate, softmax_margin_ce
 from .geometry import karcher_mean, model_stock, multi_slerp, slerp
 from .gram import gram
+from .indexed_ema import class_ema_, indexed_ema_
+from .learned import Soup
 from .lincomb import lincomb
+from .lookahead import lookahead_
 from .merge import merge
 from .merge_files import merge_files
 from .mixing import (
@@ -27,39 +48,63 @@ from .sparse_delta import (
     sparse_select,
 )
 from .sparse_training import erk_density, masked_update_, prune_grow_
+from .sweep import interpolate
 
 __all__ = [
+    "GreedyLog",
+    "GreedyStep",
+    "Soup",
+    "cfg_kd_loss",
+    "class_ema_",
     "conv_lora_weight",
     "coteaching_select",
+    "elr_loss",
     "ema_",
     "erk_density",
+    "focal_info_nce",
     "gradient_dropout",
     "gram",
+    "greedy_soup",
+    "indexed_ema_",
+    "interpolate",
+    "isogclr_loss",
     "karcher_mean",
+    "kl_to_bank",
     "lincomb",
+    "lookahead_",
     "masked_linear",
+    "masked_mean_pool",
     "masked_update_",
     "masked_weight",
     "merge",
     "merge_files",
     "methods",
     "mix_logprobs",
+    "mix_negatives",
+    "mix_pairs",
     "mixout",
     "mixout_linear",
     "model_stock",
     "multi_slerp",
     "nonneg_project_",
+    "pairwise_cosine_diversity",
     "prefix_mask",
     "principal_aggregate",
     "prune_grow_",
+    "rationale_loss",
     "row_lincomb",
+    "running_mean_",
     "slerp",
     "softmax_margin_ce",
     "softplus_weight",
+    "soup",
     "sparse_delta_linear",
     "sparse_delta_weight",
     "sparse_nuclear_norm",
     "sparse_select",
+    "task_arithmetic",
     "weight_compand",
     "weighted_sum",
+    "windowed_ema",
+    "wise_ft",
 ]
