@@ -327,7 +327,7 @@ def test_sam_trains_as_the_paper_writes_it(adaptive):
     assert all(torch.equal(p, w) for p, w in zip(mine.parameters(), start))
     sam.load_state_dict(sam.state_dict())
     assert sam.param_groups is sam.optimizer.param_groups
-    with pytest.raises(TypeError, match="optimizer: expected a torch.optim.Optimizer"):
+    with pytest.raises(TypeError, match=r"optimizer: expected a torch\.optim"):
         SAM(list(mine.parameters()))
 
 

@@ -93,7 +93,8 @@ def _entries(op, parameters, *others):
 
 def anchor_sums(parameters, anchors, weights, starts):
     like, settings = parameters[0], config(parameters[0])
-    first, groups = [0], {}
+    first: list[int] = [0]
+    groups: dict = {}
     flat = _entries("anchor_sums", parameters, anchors, weights, starts)
     for entry in flat:
         n = entry[0].numel()
@@ -116,7 +117,8 @@ def anchor_sums(parameters, anchors, weights, starts):
 
 
 def _step(flat, out, factors, weighted, in_place):
-    like, settings, groups = flat[0][0], config(flat[0][0]), {}
+    like, settings = flat[0][0], config(flat[0][0])
+    groups: dict = {}
     for index, ((x, a, f), y) in enumerate(zip(flat, out)):
         if x.numel():
             row = [x.data_ptr(), a.data_ptr(), f.data_ptr(), y.data_ptr(), x.numel()]

@@ -163,7 +163,8 @@ def perturb_norms(parameters, grads, eta):
     if any([w.shape != g.shape for w, g in zip(parameters, grads, strict=True)]):
         raise RuntimeError("perturb_norms: a gradient differs in shape from its parameter")
     like, settings = parameters[0], config(parameters[0])
-    first, groups = [0], {}
+    first: list[int] = [0]
+    groups: dict = {}
     flat = [(w.contiguous(), g.contiguous()) for w, g in zip(parameters, grads)]
     for w, g in flat:
         chunks = triton.cdiv(w.numel(), settings["CHUNK"])
@@ -190,7 +191,8 @@ def perturb_(parameters, grads, factors, eta, kept):
     entries = list(zip(parameters, grads, kept or parameters, strict=True))
     if any([not w.shape == g.shape == k.shape or w.dtype != k.dtype for w, g, k in entries]):
         raise RuntimeError("perturb_: the tensors of an entry differ in shape or dtype")
-    like, settings, groups = parameters[0], config(parameters[0]), {}
+    like, settings = parameters[0], config(parameters[0])
+    groups: dict = {}
     bits, shared = float_bits(eta or 0.0), factors.dim() == 0
     flat = [[t.contiguous() for t in entry] for entry in entries]
     for index, entry in enumerate(flat):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,6 +26,51 @@ def refuse_partial(name: str, tensors: Sequence[Any]) -> None:
             raise ValueError(
                 f"{name}[{index}]: a DTensor of partial sums; redistribute it to shards or replicas first"
             )
+
+
+def placements_of(tensors: Any, base: Any) -> dict[Any, Callable[[Tensor], Any]]:
+    """Of each entry that is a DTensor: what makes one like it of this process's shard. Empty if none is.
+
+    All models have an entry on one mesh in one placement, or none of them is a DTensor.
+    """
+    if not isinstance(tensors, Sequence) or isinstance(tensors, str):
+        return {}
+    models = []
+    for value in (*tensors, *(() if base is None else (base,))):
+        if isinstance(value, Tensor):
+            models.append({0: value})
+        elif isinstance(value, Mapping):
+            models.append(dict(value))
+        elif isinstance(value, Sequence):
+            models.append(dict(enumerate(value)))
+    if not any([hasattr(t, "device_mesh") for model in models for t in model.values()]):
+        return {}
+    found: dict[Any, Callable[[Tensor], Any]] = {}
+    for key, first in models[0].items():
+        kinds = {_place(model.get(key)) for model in models}
+        if kinds == {None}:
+            continue
+        if len(kinds) > 1:
+            raise ValueError(
+                f"tensors[0][{key!r}]: a DTensor whose mesh or placements differ between the models, or that "
+                "is an ordinary tensor in some; redistribute them alike first"
+            )
+        refuse_partial(f"tensors[0][{key!r}]", [first])
+        found[key] = functools.partial(_placed_like, first)
+    return found
+
+
+def _place(t: Any) -> Any:
+    return (t.device_mesh, t.placements) if hasattr(t, "device_mesh") else None
+
+
+def _placed_like(like: Any, shard: Tensor) -> Any:
+    from torch.distributed.tensor import DTensor
+
+    stride = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(
+        shard, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
+    )
 
 
 def whole_norm(norms: Tensor, tensors: Sequence[Any]) -> Tensor:

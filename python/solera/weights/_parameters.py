@@ -13,11 +13,6 @@ from . import _lists
 from ._lists import Key
 
 
-def local(t: Any) -> Any:
-    """A DTensor's shard on this process; anything else itself."""
-    return t.to_local() if hasattr(t, "to_local") else t
-
-
 def parameters_of(name: str, value: Any) -> tuple[list[Key], list[Any]]:
     """Keys and entries: 0, 1, ... of a tensor or an iterable, names of a mapping, where counters are left out."""
     if isinstance(value, Tensor):

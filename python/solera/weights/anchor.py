@@ -9,13 +9,13 @@ a member of the entry is); one pass backward computes the differences again, so 
 saved beyond the parameters themselves.
 
 Sources: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017 (F the diagonal of the Fisher
-information); Xuhong et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018 (L2-SP,
+information); Li et al., "Explicit Inductive Bias for Transfer Learning with Convolutional Networks", 2018 (L2-SP,
 F = 1); Cazenavette et al., "Dataset Distillation by Matching Training Trajectories", 2022 (D).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,7 +25,8 @@ from .. import _check
 from .._registry import reference
 from .._route import use_reference
 from ..norm.grad_norm import _wide, run_in_place
-from ._parameters import beside, checked, local, parameters_of, written
+from ._lists import local
+from ._parameters import beside, checked, parameters_of, written
 
 _op: Any = torch.ops.solera
 Parameters = Tensor | Iterable[Tensor] | Mapping[str, Tensor]
@@ -82,11 +83,19 @@ def _anchor_step(parameters, anchors, weights, factors):
 # ---- autograd ----------------------------------------------------------------------------------------
 
 
-def _gradient(flat: list, length: int, factor: Tensor) -> list[Tensor]:
-    """factor F (x - a), by what can be differentiated again where that is wanted."""
-    lists = (flat[:length], flat[length : 2 * length], flat[2 * length :])
+def _gradients(
+    flat: Sequence[Tensor], length: int, live: list[int], factor: Tensor
+) -> dict[int, Tensor]:
+    """factor F (x - a) of the entries `live`, by what can be differentiated again where that is wanted.
+
+    flat holds L parameters, L anchors and L weights or none.
+    """
+    lists = [
+        [flat[start + i] for i in live] if start < len(flat) else []
+        for start in (0, length, 2 * length)
+    ]
     run = anchor_gradient if torch.is_grad_enabled() else _op.anchor_gradient
-    return run(*lists, factor)
+    return dict(zip(live, run(*lists, factor)))
 
 
 class _Penalty(torch.autograd.Function):
@@ -101,12 +110,14 @@ class _Penalty(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g):
-        length = ctx.length
-        found = _gradient(list(ctx.saved_tensors), length, g * ctx.strength)
-        needs = ctx.needs_input_grad[2:]
-        anchors = ctx.saved_tensors[length : 2 * length]
-        mine = [d if need else None for d, need in zip(found, needs)]
-        theirs = [-d.to(a.dtype) if n else None for d, a, n in zip(found, anchors, needs[length:])]
+        length, flat, needs = ctx.length, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        live = [i for i in range(length) if needs[i] or needs[length + i]]
+        found = _gradients(flat, length, live, g * ctx.strength)
+        mine = [found[i] if needs[i] else None for i in range(length)]
+        theirs = [
+            -found[i].to(flat[length + i].dtype) if needs[length + i] else None
+            for i in range(length)
+        ]
         return None, None, *mine, *theirs, *(None for _ in needs[2 * length :])
 
 
@@ -124,10 +135,10 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g):
         away, *flat = ctx.saved_tensors
-        found = _gradient(flat, ctx.length, g.double() * (2.0 / away))
-        needs = ctx.needs_input_grad[1:]
-        mine = [d if need else None for d, need in zip(found, needs)]
-        return None, *mine, *(None for _ in needs[ctx.length :])
+        length, needs = ctx.length, ctx.needs_input_grad[1:]
+        live = [i for i in range(length) if needs[i]]
+        found = _gradients(flat, length, live, g.double() * (2.0 / away))
+        return None, *(found.get(i) for i in range(length)), *(None for _ in needs[length:])
 
 
 # ---- public functions --------------------------------------------------------------------------------
@@ -158,8 +169,9 @@ def anchor_penalty(
 ) -> Tensor:
     r"""The squared distance of parameters from anchors, $\frac{\lambda}{2} \sum_i F_i (\theta_i - a_i)^2$.
 
-    F = 1 is L2-SP (and ProLIP's $\lVert W - W_0\rVert^2$ with $\lambda$ doubled); F the diagonal of the Fisher information is
-    EWC, whose running form $F \leftarrow \gamma F + (1 - \gamma) g^2$ is `ema_(F, [g * g for g in grads], gamma)`.
+    F = 1 is L2-SP (and ProLIP's $\lVert W - W_0\rVert^2$ with $\lambda$ doubled); F the diagonal of the Fisher
+    information is EWC, whose running form $F \leftarrow \gamma F + (1 - \gamma) g^2$ is
+    `ema_(F, [g * g for g in grads], gamma)`.
 
     Args:
         parameters: $\theta$: a tensor, an iterable or a mapping of names (`dict(model.named_parameters())`).
@@ -174,7 +186,8 @@ def anchor_penalty(
     Raises:
         ValueError, TypeError: naming the argument.
 
-    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017; Xuhong et al., L2-SP, 2018.
+    Source: Kirkpatrick et al., "Overcoming catastrophic forgetting in neural networks", 2017; Li et al., "Explicit
+    Inductive Bias for Transfer Learning with Convolutional Networks" (L2-SP), 2018.
     """
     strength = _check.number("strength", strength)
     own, around, scale = _lists_of(parameters, anchors=anchors, weights=weights)
@@ -188,9 +201,9 @@ def anchor_penalty(
 def normalized_parameter_distance(
     theta: Parameters, target: Parameters, start: Parameters
 ) -> Tensor:
-    r"""How far parameters are from a target, beside how far the start was: $\lVert\theta - t\rVert^2 / \lVert s - t\rVert^2$.
+    r"""How far parameters are from a target, beside how far the start was.
 
-    All tensors as one vector; three tensors of each entry are read once.
+    $\lVert\theta - t\rVert^2 / \lVert s - t\rVert^2$, all tensors as one vector; the three of an entry are read once.
 
     Args:
         theta: a tensor, an iterable or a mapping of names.
@@ -221,10 +234,11 @@ def anchor_decay_(
     rate: float | Tensor,
     weights: Parameters | None = None,
 ) -> None:
-    r"""Decay towards anchors instead of zero, in place and apart from the gradient: $\theta \leftarrow \theta - r F (\theta - a)$.
+    r"""Decay towards anchors instead of zero, in place and apart from the gradient.
 
-    With $r = \mathrm{lr}\,\lambda$ the decoupled form of `anchor_penalty`, as AdamW's is of weight decay. An element with
-    $r F > 1$ passes its anchor, with $r F > 2$ it runs away: clamp F.
+    $\theta \leftarrow \theta - r F (\theta - a)$: with $r = \mathrm{lr}\,\lambda$ the decoupled form of
+    `anchor_penalty`, as AdamW's is of weight decay. An element with $r F > 1$ passes its anchor, with $r F > 2$ it runs
+    away: clamp F.
 
     Args:
         parameters: $\theta$: a tensor, an iterable or a mapping of names; written in place.
@@ -237,7 +251,7 @@ def anchor_decay_(
     Raises:
         ValueError, TypeError: naming the argument.
 
-    Source: Xuhong et al., L2-SP, 2018; decoupled as Loshchilov, Hutter, 2019.
+    Source: Li et al., L2-SP, 2018; decoupled as Loshchilov, Hutter, 2019.
     """
     keys, every = parameters_of("parameters", parameters)
     given = [

@@ -4,10 +4,10 @@ Each process scales its parameters by $w_r / \sum_s w_s$ into flat buckets of 25
 summed over the group while the next one is filled, and spread again. float32, bfloat16 and float16 parameters travel
 and are added in float32 and rounded once at the end; float64 ones in float64.
 
-**Sharded parameters.** A DTensor (FSDP2's parameters, tensor parallelism) is averaged shard by shard over the processes
-that hold the same shard: along the mesh dimensions where it is replicated (HSDP's first one) or, where `group` is given,
-over that group, which must join the same shard of independent models. Where each shard exists once there is nothing to
-average, and the call says so.
+**Sharded parameters.** A DTensor (FSDP2's parameters, tensor parallelism) is averaged shard by shard over the
+processes that hold the same shard: along the mesh dimensions where it is replicated (HSDP's first one) or, where
+`group` is given, over that group, which must join the same shard of independent models. Where each shard exists once
+there is nothing to average, and the call says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from torch import Tensor
 
 from ..norm.grad_norm import run_in_place
 from ._distributed import refuse_partial, replicated_dims, sharded_dims
-from ._parameters import beside, checked, local, parameters_of, written
+from ._lists import local
+from ._parameters import beside, checked, parameters_of, written
 from .ema import ema_
 from .lincomb import _lincomb_out
 
@@ -54,6 +55,7 @@ def _groups(tensors: list[Any], group: Any) -> list[Any]:
             "parameters: replicated along different mesh dimensions; average them in one call each, or "
             "give the group"
         )
+    mesh: Any
     mesh, dims = kinds.pop()
     if not dims:
         raise ValueError(
@@ -152,7 +154,7 @@ def _own(parameters: Parameters, group: Any) -> tuple[list, list, list[Tensor], 
     if not every:
         raise ValueError("parameters: expected at least one floating-point tensor")
     groups = _groups(every, group)
-    return keys, every, checked("parameters", [local(t).detach() for t in every]), groups
+    return keys, every, checked("parameters", [local(t) for t in every]), groups
 
 
 def average_parameters_(
@@ -185,8 +187,8 @@ def average_parameters_(
     Source: Wortsman et al., "Model soups", 2022; McMahan et al., "Communication-Efficient Learning of Deep Networks
     from Decentralized Data", 2017.
     """
-    _, _, own, groups = _own(parameters, group)
-    written("parameters", own)
+    _, every, own, groups = _own(parameters, group)
+    written("parameters", every)
     with torch.no_grad():
         share = _share(weights, own[0], groups)
 
@@ -239,9 +241,10 @@ def ema_over_group_(
     group: Any = None,
     bucket_bytes: int = BUCKET,
 ) -> None:
-    r"""A moving average of the group's mean, in place: $a \leftarrow a + (1 - \mathrm{decay})(\sum_r w_r p_r / \sum_r w_r - a)$.
+    r"""A moving average of the group's weighted mean, in place.
 
-    The parameters stay; the mean is never rounded to their dtype, nor stored beyond a bucket.
+    $a \leftarrow a + (1 - \mathrm{decay})(\sum_r w_r p_r / \sum_r w_r - a)$. The parameters stay; the mean is never
+    rounded to their dtype, nor stored beyond a bucket.
 
     Args:
         averages: as many as parameters, of the same shapes, in any dtypes; written in place.

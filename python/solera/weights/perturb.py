@@ -8,9 +8,9 @@ $$e = \rho\, \frac{g}{\lVert g\rVert + \epsilon}, \qquad \text{or, adaptive,}\qu
 and the training step is taken at $w$ with the gradient of the loss at $w + e$. The norm stays on the device: one pass
 over the gradients, one over gradients and parameters, and nothing waits.
 
-**Back to w.** $w + e - e$ is not $w$: rounding moves it by half a unit in the last place, which for bfloat16 and float16
-adds up to a drift over the steps. Either the old values are kept (`backup=`, restored bit for bit, as much memory as the
-first gradient would take) or, where the first gradient is kept anyway, e is computed again from it and taken off.
+**Back to w.** $w + e - e$ is not $w$: rounding moves it by a unit in the last place, which for bfloat16 and float16
+adds up to a drift over the steps. Either the old values are kept (`backup=`, restored bit for bit, as much memory
+as the first gradient would take) or, where the first gradient is kept anyway, e is computed again and taken off.
 
 **Noise** is a function of (seed, key of the tensor, element), never stored (see _random.py): the 24 upper bits of the
 word choose one of as many equal parts of the unit interval, and the normal distribution's inverse at its middle is the
@@ -33,7 +33,8 @@ from .. import _check
 from .._registry import reference
 from ..norm.grad_norm import _wide, norms_of, run_in_place
 from ._distributed import whole_norm
-from ._parameters import apart, beside, checked, local, parameters_of, written
+from ._lists import local
+from ._parameters import apart, beside, checked, parameters_of, written
 from ._random import random_words, tensor_key
 from .lincomb import lincomb
 
@@ -241,7 +242,8 @@ def sam_restore_(
     backup: Parameters | None = None,
     add: Parameters | None = None,
 ) -> None:
-    r"""Back from `sam_perturb_`, in place: the kept values bit for bit, or $w \leftarrow w - \rho\, g / (\lVert g\rVert + \epsilon)$.
+    r"""Back from `sam_perturb_`, in place: the kept values bit for bit, or the step computed again and taken off,
+    $w \leftarrow w - \rho\, g / (\lVert g\rVert + \epsilon)$.
 
     Args:
         parameters: as given to `sam_perturb_`.
@@ -288,10 +290,7 @@ def sam_restore_(
             "returned), or a backup"
         )
     _, live, given = _with_gradients(parameters, gradients)
-    if not live:
-        weights, grads = [], []
-    else:
-        weights, grads = _checked_pair(live, given)
+    weights, grads = _checked_pair(live, given) if live else ([], [])
     for index, w in enumerate(weights):
         if w.dtype in HALVES:
             raise ValueError(
@@ -332,7 +331,7 @@ SCOPES = ("tensor", "model")
 def perturb_weights_(
     parameters: Parameters, rho: float, seed: int, *, scope: str = "tensor"
 ) -> None:
-    r"""Normal noise in proportion to the weights' norm, in place: $w \leftarrow w + \rho\, \frac{\lVert w\rVert}{\sqrt n} z$.
+    r"""Normal noise in proportion to the norm, in place: $w \leftarrow w + \rho\, \frac{\lVert w\rVert}{\sqrt n} z$.
 
     z is standard normal, so the noise's expected squared norm is $\rho^2 \lVert w\rVert^2$. Nothing is stored: z is a
     function of (seed, tensor, element), the same on every device, at any tiling and thread count; another seed gives
