@@ -42,6 +42,19 @@ def _loop_of_copies(
         w.copy_(o)
 
 
+def _loop_of_swaps(ws: Sequence[Tensor], gs: Sequence[Tensor], moved: Callable[[], object]) -> None:
+    """A widespread form: the copy becomes the parameter's memory again."""
+    norm = torch.stack([g.norm(2) for g in gs]).norm(2)
+    scale = RHO / (norm + 1e-12)
+    old = []
+    for w, g in zip(ws, gs):
+        old.append(w.clone())
+        w.add_(g * scale)
+    moved()
+    for w, o in zip(ws, old):
+        w.data = o
+
+
 def _foreach(ws: Sequence[Tensor], gs: Sequence[Tensor], moved: Callable[[], object]) -> None:
     scale = RHO / (torch.stack(torch._foreach_norm(gs)).norm(2) + 1e-12)
     steps = torch._foreach_mul(gs, scale)
@@ -71,7 +84,9 @@ def _foreach_with_host_number(
     torch._foreach_add_(ws, gs, alpha=-scale)
 
 
-def _case(count: int, n: int, dtype: torch.dtype, kept: bool, device: str) -> Case:
+def _case(
+    count: int, n: int, dtype: torch.dtype, kept: bool, device: str, swap: bool = False
+) -> Case:
     start = [torch.randn(n, device=device).to(dtype) for _ in range(count)]
     grads = [torch.randn(n, device=device).to(dtype) for _ in range(count)]
 
@@ -93,10 +108,10 @@ def _case(count: int, n: int, dtype: torch.dtype, kept: bool, device: str) -> Ca
     backup = [torch.empty_like(w) for w in start]
 
     def ours(ws: Sequence[Tensor], gs: Sequence[Tensor], moved: Callable[[], object]) -> None:
-        norm = sam_perturb_(ws, gs, RHO, backup=backup if kept else None)
+        norm = sam_perturb_(ws, gs, RHO, backup=backup if kept else None, swap=swap)
         moved()
         if kept:
-            sam_restore_(ws, backup=backup)
+            sam_restore_(ws, backup=backup, swap=swap)
         else:
             sam_restore_(ws, gs, norm, RHO)
 
@@ -106,6 +121,8 @@ def _case(count: int, n: int, dtype: torch.dtype, kept: bool, device: str) -> Ca
         return [*(w + RHO * g / norm for w, g in zip(ws, gs)), *ws]
 
     peers = {"foreach": running(_foreach_of_copies if kept else _foreach)}
+    if swap:
+        peers["loop, swapping"] = running(_loop_of_swaps)
     if not kept:
         peers["foreach, waiting"] = running(_foreach_with_host_number)
     size = count * n * start[0].element_size()
@@ -114,8 +131,8 @@ def _case(count: int, n: int, dtype: torch.dtype, kept: bool, device: str) -> Ca
         exact=exact,
         eager=running(_loop_of_copies if kept else _loop),
         peers=peers,
-        bytes=7 * size,
-        written=(3 if kept else 2) * size,
+        bytes=(4 if swap else 7) * size,
+        written=(1 if swap else 3 if kept else 2) * size,
         tolerance=torch.finfo(dtype).eps,
     )
 
@@ -150,15 +167,20 @@ def _noise_case(count: int, n: int, dtype: torch.dtype, device: str) -> Case:
 
 def specs(device: str) -> Iterator[Spec]:
     f32, bf16 = torch.float32, torch.bfloat16
+    wanted = {"eager": 2, "foreach": 1.2}
     lines = (
-        ("200 x 100k", f32, False, {"eager": 2, "foreach": 1.2}, True),
-        ("200 x 100k, backup", f32, True, {}, False),
-        ("200 x 100k, backup", bf16, True, {"eager": 2, "foreach": 1.2}, True),
+        ("200 x 100k", f32, False, False, {"foreach": 1.2}, True),
+        ("200 x 100k, swap", f32, True, True, wanted, True),
+        ("200 x 100k, backup", f32, True, False, {}, False),
+        ("200 x 100k, backup", bf16, True, False, {"foreach": 1.2}, False),
+        ("200 x 100k, swap", bf16, True, True, wanted, True),
     )
-    for label, dtype, kept, targets, quick in lines:
+    for label, dtype, kept, swap, targets, quick in lines:
         yield Spec(
             "weights.sam_perturb_ + restore", label, dtype,
-            lambda dtype=dtype, kept=kept: _case(200, 100_000, dtype, kept, device), quick, targets,
+            lambda dtype=dtype, kept=kept, swap=swap: _case(
+                200, 100_000, dtype, kept, device, swap
+            ), quick, targets,
             "eager: a loop over the parameters; 'foreach, waiting' brings the norm to the host",
         )  # fmt: skip
     yield Spec(

@@ -985,6 +985,10 @@ op(
 )
 op(
     "weights.perturb",
+    "perturb_out(Tensor[] parameters, Tensor[] grads, Tensor factors, float? eta, Tensor(a!)[] out) -> ()",
+)
+op(
+    "weights.perturb",
     "noise_(Tensor(a!)[] parameters, Tensor norms, float[] scales, int seed, int[] keys) -> ()",
 )
 

@@ -83,6 +83,30 @@ def test_perturb_against_the_papers_formula(adaptive, dtype):
     assert all(torch.equal(p, w) for p, w in zip(ps, before))
 
 
+@pytest.mark.parametrize("adaptive", [False, True], ids=["sam", "asam"])
+def test_memory_exchanged_with_the_backup(adaptive):
+    ps = params(mixed=True)
+    ps[1].grad = None
+    before, other = values(ps), [torch.nn.Parameter(p.detach().clone()) for p in ps]
+    kept = [torch.empty_like(p, requires_grad=False) for p in ps]
+    places = [p.data_ptr() for p in ps], [k.data_ptr() for k in kept]
+    grads, version = grads_of(ps), ps[0]._version
+    norm = sam_perturb_(other, grads, 0.5, adaptive=adaptive, eta=0.01)
+    assert sam_perturb_(ps, rho=0.5, adaptive=adaptive, eta=0.01, backup=kept, swap=True) == norm
+    assert ps[0]._version > version
+    assert all(torch.equal(p, q) for p, q in zip(ps, other))
+    assert all(torch.equal(k, w) for k, w in zip(kept, before))
+    assert ([k.data_ptr() for k in kept], [p.data_ptr() for p in ps]) == places
+    sam_restore_(ps, backup=kept, swap=True, add=[torch.ones_like(p) for p in ps])
+    assert all(torch.equal(p, w) for p, w in zip(ps, before))
+    assert (ps[1].grad == 1).all() and [p.data_ptr() for p in ps] == places[0]
+    strided = randn(4, 6).t()
+    start, out = strided.clone(), torch.empty(6, 4, device=DEVICE)
+    sam_perturb_(strided, torch.ones_like(strided), 0.5, backup=out, swap=True)
+    torch.testing.assert_close(strided, start + 0.5 / 24**0.5)
+    assert torch.equal(out, start)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_restore_computes_the_step_again(dtype):
     ps = params(dtype=dtype)
@@ -296,8 +320,8 @@ def sam_by_hand(model, loss_of, rho, lr, adaptive):
             p.copy_(w - lr * g)
 
 
-@pytest.mark.parametrize("adaptive", [False, True])
-def test_sam_trains_as_the_paper_writes_it(adaptive):
+@pytest.mark.parametrize("adaptive, swap", [(False, False), (True, False), (False, True)])
+def test_sam_trains_as_the_paper_writes_it(adaptive, swap):
     make = lambda: torch.nn.Sequential(
         torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
     )
@@ -305,7 +329,7 @@ def test_sam_trains_as_the_paper_writes_it(adaptive):
     theirs.load_state_dict(mine.state_dict())
     x, y = randn(16, 4, dtype=torch.float64), randn(16, 1, dtype=torch.float64)
     loss_of = lambda m: (m(x) - y).square().mean()
-    sam = SAM(torch.optim.SGD(mine.parameters(), lr=0.1), rho=0.2, adaptive=adaptive)
+    sam = SAM(torch.optim.SGD(mine.parameters(), lr=0.1), rho=0.2, adaptive=adaptive, swap=swap)
 
     def closure():
         sam.zero_grad()
@@ -341,6 +365,7 @@ def test_opcheck():
     kept = [torch.empty_like(w) for w in ws]
     torch.library.opcheck(ops.perturb_.default, (ws, gs, randn(3), None, []))
     torch.library.opcheck(ops.perturb_.default, (ws, gs, randn(3)[0], 0.5, kept))
+    torch.library.opcheck(ops.perturb_out.default, (ws, gs, randn(3), 0.5, kept))
     torch.library.opcheck(ops.noise_.default, (ws, randn(3), [0.1, 0.2, 0.3], 7, [0, 1, 2]))
     torch.library.opcheck(ops.noise_.default, (ws, randn(3)[0], [0.1, 0.2, 0.3], 7, [0, 1, 2]))
 
@@ -406,6 +431,8 @@ BAD = [
         TypeError,
         r"backup\[0\]: expected torch",
     ),
+    (lambda: sam_perturb_([W], [W], swap=True), ValueError, "swap: expected a backup"),
+    (lambda: sam_restore_([W], swap=True), ValueError, "swap: expected a backup"),
     (lambda: sam_restore_([W]), ValueError, "gradients, norm: expected those of sam_perturb_"),
     (lambda: sam_restore_([W], [W], W), ValueError, "gradients, norm: expected those"),
     (lambda: sam_restore_([W], [W], W[0], adaptive=True), ValueError, "backup: an adaptive step"),

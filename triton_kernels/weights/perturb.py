@@ -2,11 +2,11 @@
 formulas are in solera/weights/perturb.py.
 
 One launch covers all tensors of one combination of dtypes through a pointer table (see _table.py). Bytes an element
-in float32: norms read w and g (8), the step reads w and g and writes w (12; 16 where the old values are kept),
-noise reads and writes w (8). The noise is compiled without contraction to fused multiply-adds, so its bits are those
-of the other backends.
+in float32: norms read w and g (8), the step reads w and g and writes w or another tensor (12; 16 where the old
+values are kept), noise reads and writes w (8). The noise is compiled without contraction to fused multiply-adds, so
+its bits are those of the other backends.
 
-H200 at 4.3 TB/s: 200 x 100k float32, norm, step and step back 130 us is the floor.
+H200 at 4.3 TB/s: 200 x 100k float32, norm, step and step back 130 us is the floor, with memory exchanged 74 us.
 """
 
 from __future__ import annotations
@@ -52,31 +52,36 @@ def perturb_norm_kernel(
     tl.store(partial + tl.load(row + 3) + chunk, total)
 
 
-# A row: parameter, gradient, kept, the number of elements, index of the factor, the bits of eta.
+# A row: parameter, gradient, the other tensor, the number of elements, index of the factor, the bits of eta.
+# OTHER: 0 there is none, 1 it takes the old values, 2 it takes the new ones and the parameter stays.
 @triton.jit
 def perturb_kernel(
     rows, programs, factors, W: tl.constexpr, G: tl.constexpr, ADAPTIVE: tl.constexpr,
-    KEEP: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
+    OTHER: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
     CHUNK: tl.constexpr,
 ):  # fmt: skip
     item, chunk = program_of(programs)
     row = rows + item * 6
     w, g = pointer(row, W, ALIGNED), pointer(row + 1, G, ALIGNED)
-    kept = pointer(row + 2, W, ALIGNED)
+    other = pointer(row + 2, W, ALIGNED)
     n = size(row + 3, ALIGNED)
     factor = tl.load(factors + tl.load(row + 4)).to(ACC)
     shift = tl.load(row + 5).to(tl.float64, bitcast=True).to(ACC)
     for start in range(chunk * CHUNK, tl.minimum(n, (chunk + 1) * CHUNK), BLOCK):
         at = start + tl.arange(0, BLOCK)
         given = tl.load(w + at, mask=at < n, other=0.0)
-        if KEEP:
-            tl.store(kept + at, given, mask=at < n)
+        if OTHER == 1:
+            tl.store(other + at, given, mask=at < n)
         old = given.to(ACC)
         e = tl.load(g + at, mask=at < n, other=0.0).to(ACC)
         if ADAPTIVE:
             t = tl.abs(old) + shift
             e = t * t * e
-        tl.store(w + at, rounded_to(old + factor * e, W), mask=at < n)
+        moved = rounded_to(old + factor * e, W)
+        if OTHER == 2:
+            tl.store(other + at, moved, mask=at < n)
+        else:
+            tl.store(w + at, moved, mask=at < n)
 
 
 @triton.jit
@@ -185,13 +190,11 @@ def perturb_norms(parameters, grads, eta):
     return joined(first, partial, len(flat), 1, 2, wide((*parameters, *grads)), like)[0]
 
 
-def perturb_(parameters, grads, factors, eta, kept):
-    if not parameters:
-        return
-    entries = list(zip(parameters, grads, kept or parameters, strict=True))
-    if any([not w.shape == g.shape == k.shape or w.dtype != k.dtype for w, g, k in entries]):
+def _perturb(parameters, grads, factors, eta, others, mode):
+    """Contiguous (parameter, gradient, other) of each entry, written."""
+    entries = list(zip(parameters, grads, others, strict=True))
+    if any([not w.shape == g.shape == o.shape or w.dtype != o.dtype for w, g, o in entries]):
         raise RuntimeError("perturb_: the tensors of an entry differ in shape or dtype")
-    like, settings = parameters[0], config(parameters[0])
     groups: dict = {}
     bits, shared = float_bits(eta or 0.0), factors.dim() == 0
     flat = [[t.contiguous() for t in entry] for entry in entries]
@@ -203,16 +206,27 @@ def perturb_(parameters, grads, factors, eta, kept):
             groups.setdefault(key, []).append([*row, 0 if shared else index, bits])
     factors = factors.contiguous()
     for (of_w, of_g, even), rows in groups.items():
+        like, settings = flat[0][0], config(flat[0][0])
         chunks = [triton.cdiv(row[3], settings["CHUNK"]) for row in rows]
         table, programs = build(rows, chunks, like)
         with on_device_of(like):
             perturb_kernel[(len(programs),)](
                 table, programs, factors, W=LANGUAGE_DTYPE[of_w], G=LANGUAGE_DTYPE[of_g],
-                ADAPTIVE=eta is not None, KEEP=bool(kept), ACC=accumulator(of_w, of_g),
-                ALIGNED=even, **settings,
+                ADAPTIVE=eta is not None, OTHER=mode, ACC=accumulator(of_w, of_g), ALIGNED=even,
+                **settings,
             )  # fmt: skip
+    return flat
+
+
+def perturb_(parameters, grads, factors, eta, kept):
+    flat = _perturb(parameters, grads, factors, eta, kept or parameters, 1 if kept else 0)
     put_back(parameters, [entry[0] for entry in flat])
     put_back(kept, [entry[2] for entry in flat])
+
+
+def perturb_out(parameters, grads, factors, eta, out):
+    flat = _perturb(parameters, grads, factors, eta, out, 2)
+    put_back(out, [entry[2] for entry in flat])
 
 
 def noise_(parameters, norms, scales, seed, keys):
@@ -255,8 +269,9 @@ def aot() -> Iterator:
             divisible_by_16=(*pointers, "eta", "partial"),
         )
         for form, flags in (
-            ("", {"ADAPTIVE": False, "KEEP": False}),
-            ("adaptive_kept_", {"ADAPTIVE": True, "KEEP": True}),
+            ("", {"ADAPTIVE": False, "OTHER": 0}),
+            ("adaptive_kept_", {"ADAPTIVE": True, "OTHER": 1}),
+            ("out_", {"ADAPTIVE": False, "OTHER": 2}),
         ):
             yield AotCase(
                 name=f"perturb_{form}{name}",

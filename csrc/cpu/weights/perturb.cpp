@@ -22,7 +22,7 @@
 namespace solera {
 
 struct PerturbItem {
-  void *w, *kept;  // kept has w's dtype, or is null
+  void *w, *kept, *out;  // of w's dtype; kept may be null, out is w in place
   const void* g;
   int w_dtype, g_dtype;
   double factor, eta;
@@ -85,6 +85,8 @@ template <class T>
 void step(const PerturbItem& p, int64_t begin, int64_t end) {
   T w_tile[kGradTile], g_tile[kGradTile];
   const T factor = T(p.factor), eta = T(p.eta);
+  const bool stream = p.streaming && p.out != p.w && p.w_dtype == kNativeDtype<T> &&
+                      can_stream((const T*)p.out + begin);
   const int64_t bytes = p.w_dtype == kFloat64 ? 8 : p.w_dtype == kFloat32 ? 4 : 2;
   with_flag(p.adaptive, [&](auto adaptive) {
     grad_tiles(begin, end, [&](int64_t at, int n) {
@@ -93,7 +95,7 @@ void step(const PerturbItem& p, int64_t begin, int64_t end) {
                    p.streaming);
       const T* w = read_tile<T>(p.w, p.w_dtype, at, n, w_tile);
       const T* g = read_tile<T>(p.g, p.g_dtype, at, n, g_tile);
-      T* out = open_tile<T>(p.w, p.w_dtype, at, w_tile);
+      T* out = open_tile<T>(p.out, p.w_dtype, at, w_tile);
       strips<kLanes<T>>(n, [&](int64_t j, int m) {
         const AccVec<T> old = get(w + j, m);
         AccVec<T> e = get(g + j, m);
@@ -101,9 +103,9 @@ void step(const PerturbItem& p, int64_t begin, int64_t end) {
           const AccVec<T> t = size_of(old) + eta;
           e = t * t * e;
         }
-        put(out + j, old + factor * e, m);
+        put(out + j, old + factor * e, m, stream);
       });
-      close_tile<T>(p.w, p.w_dtype, at, n, w_tile);
+      close_tile<T>(p.out, p.w_dtype, at, n, w_tile);
     });
   });
   if (p.streaming) stream_fence();
@@ -219,7 +221,7 @@ Tensor perturb_norms(const std::vector<Tensor>& parameters, const std::vector<Te
     memory.emplace_back(parameters[l], parameters[l].is_contiguous(), false);
     memory.emplace_back(grads[l], grads[l].is_contiguous(), false);
     const GradMemory &w = memory[2 * l], &g = memory[2 * l + 1];
-    items.push_back({w.data, nullptr, g.data, w.dtype, g.dtype, 0, eta, true, false});
+    items.push_back({w.data, nullptr, w.data, g.data, w.dtype, g.dtype, 0, eta, true, false});
     pieces.add(l, parameters[l].numel(), 1);
   }
   std::vector<double> partial(pieces.all().size()), found(count);
@@ -232,14 +234,17 @@ Tensor perturb_norms(const std::vector<Tensor>& parameters, const std::vector<Te
   return grad_result(found, parameters[0], any_double(parameters) || any_double(grads));
 }
 
-void perturb_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
-              const Tensor& factors_in, std::optional<double> eta,
-              const std::vector<Tensor>& kept) {
+// Into `out`, which may be the parameters themselves; their old values into `kept`, if it is not
+// empty.
+void run_perturb(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
+                 const Tensor& factors_in, std::optional<double> eta,
+                 const std::vector<Tensor>& kept, const std::vector<Tensor>& out) {
   const size_t count = parameters.size();
-  STD_TORCH_CHECK(grads.size() == count && (kept.empty() || kept.size() == count),
-                  "perturb_: expected as many gradients and kept tensors as parameters");
+  STD_TORCH_CHECK(
+      grads.size() == count && out.size() == count && (kept.empty() || kept.size() == count),
+      "perturb_: expected as many gradients and other tensors as parameters");
   const auto& table = pick_perturb_table();
-  const bool shared = factors_in.dim() == 0;
+  const bool shared = factors_in.dim() == 0, in_place = &out == &parameters;
   const std::vector<double> factors = grad_numbers(factors_in, shared ? 1 : int64_t(count));
   std::vector<GradMemory> memory;
   std::vector<PerturbItem> items;
@@ -247,30 +252,41 @@ void perturb_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& 
   items.reserve(count);
   GradPieces pieces;
   int64_t bytes = 0;
-  for (const Tensor& t : kept) bytes += t.numel() * int64_t(t.element_size());
+  const std::vector<Tensor>& fresh = in_place ? kept : out;
+  for (const Tensor& t : fresh) bytes += t.numel() * int64_t(t.element_size());
   for (size_t l = 0; l < count; ++l) {
-    const Tensor &w = parameters[l], &g = grads[l], &k = kept.empty() ? w : kept[l];
+    const Tensor &w = parameters[l], &g = grads[l], &f = fresh.empty() ? w : fresh[l];
     STD_TORCH_CHECK(same_sizes(w, g), "perturb_: gradient ", l,
                     " differs in shape from its parameter");
-    STD_TORCH_CHECK(same_sizes(w, k) && dtype_of(w) == dtype_of(k), "perturb_: kept tensor ", l,
-                    " differs in shape or dtype from its parameter");
-    memory.emplace_back(w, w.is_contiguous(), true);
+    STD_TORCH_CHECK(same_sizes(w, f) && dtype_of(w) == dtype_of(f), "perturb_: tensor ", l,
+                    " to be written differs in shape or dtype from its parameter");
+    memory.emplace_back(w, w.is_contiguous(), in_place);
     memory.emplace_back(g, g.is_contiguous(), false);
-    memory.emplace_back(k, k.is_contiguous(), !kept.empty());
+    memory.emplace_back(f, f.is_contiguous(), !fresh.empty());
     const GradMemory &x = memory[3 * l], &y = memory[3 * l + 1], &z = memory[3 * l + 2];
-    items.push_back({x.data, kept.empty() ? nullptr : z.data, y.data, x.dtype, y.dtype,
-                     factors[shared ? 0 : l], eta.value_or(0), eta.has_value(),
-                     bytes >= kPerturbStreamBytes});
+    items.push_back({x.data, in_place && !kept.empty() ? z.data : nullptr,
+                     in_place ? x.data : z.data, y.data, x.dtype, y.dtype, factors[shared ? 0 : l],
+                     eta.value_or(0), eta.has_value(), bytes >= kPerturbStreamBytes});
     pieces.add(l, w.numel(), 1);
   }
-  pieces.parallel(kept.empty() ? 12 : 16, [&](const GradPiece& p, size_t) {
+  pieces.parallel(fresh.empty() ? 12 : 16, [&](const GradPiece& p, size_t) {
     const PerturbItem& item = items[p.item];
     table.step[perturb_wide(item)](item, p.begin, p.end);
   });
   for (size_t l = 0; l < count; ++l) {
-    memory[3 * l].put_back(parameters[l]);
-    if (!kept.empty()) memory[3 * l + 2].put_back(kept[l]);
+    if (in_place) memory[3 * l].put_back(parameters[l]);
+    if (!fresh.empty()) memory[3 * l + 2].put_back(fresh[l]);
   }
+}
+
+void perturb_(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
+              const Tensor& factors, std::optional<double> eta, const std::vector<Tensor>& kept) {
+  run_perturb(parameters, grads, factors, eta, kept, parameters);
+}
+
+void perturb_out(const std::vector<Tensor>& parameters, const std::vector<Tensor>& grads,
+                 const Tensor& factors, std::optional<double> eta, const std::vector<Tensor>& out) {
+  run_perturb(parameters, grads, factors, eta, {}, out);
 }
 
 void noise_(const std::vector<Tensor>& parameters, const Tensor& norms_in,
@@ -304,6 +320,7 @@ void noise_(const std::vector<Tensor>& parameters, const Tensor& norms_in,
 STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {
   m.impl("perturb_norms", TORCH_BOX(&perturb_norms));
   m.impl("perturb_", TORCH_BOX(&perturb_));
+  m.impl("perturb_out", TORCH_BOX(&perturb_out));
   m.impl("noise_", TORCH_BOX(&noise_));
 }
 

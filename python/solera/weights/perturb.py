@@ -59,10 +59,9 @@ def _perturb_norms(parameters, grads, eta):
     return torch.stack(found)
 
 
-@reference("perturb_")
-def _perturb(parameters, grads, factors, eta, kept):
-    """w + f g, or w + f (|w| + eta)^2 g; the old values into `kept`, if there are any."""
-    for index, (w, g, k) in enumerate(zip(parameters, grads, kept or parameters, strict=True)):
+def _moved(parameters, grads, factors, eta, others):
+    """(w, other, w + f g or w + f (|w| + eta)^2 g) of each entry."""
+    for index, (w, g, k) in enumerate(zip(parameters, grads, others, strict=True)):
         if not w.shape == g.shape == k.shape or w.dtype != k.dtype:
             raise RuntimeError("perturb_: the tensors of an entry differ in shape or dtype")
         dtype = _wide((w, g))
@@ -71,10 +70,23 @@ def _perturb(parameters, grads, factors, eta, kept):
             t = old.abs() + eta
             e = t * t * e
         factor = factors if factors.dim() == 0 else factors[index]
-        moved = old + factor.to(dtype) * e
+        yield w, k, old + factor.to(dtype) * e
+
+
+@reference("perturb_")
+def _perturb(parameters, grads, factors, eta, kept):
+    """w + f g, or w + f (|w| + eta)^2 g, in place; the old values into `kept`, if there are any."""
+    for w, k, moved in _moved(parameters, grads, factors, eta, kept or parameters):
         if kept:
             k.copy_(w)
         w.copy_(moved)
+
+
+@reference("perturb_out")
+def _perturb_out(parameters, grads, factors, eta, out):
+    """The same into `out`."""
+    for _, o, moved in _moved(parameters, grads, factors, eta, out):
+        o.copy_(moved)
 
 
 _LOG = (
@@ -172,6 +184,7 @@ def sam_perturb_(
     eta: float = 0.0,
     eps: float = 1e-12,
     backup: Parameters | None = None,
+    swap: bool = False,
 ) -> Tensor:
     r"""Climb to where the loss is worst nearby: $w \leftarrow w + \rho\, g / (\lVert g\rVert + \epsilon)$, in place.
 
@@ -187,6 +200,10 @@ def sam_perturb_(
         eps: added to the norm. 0 makes a zero gradient NaN.
         backup: as many tensors of the parameters' shapes and dtypes, which the old values of all parameters
             are written to in the same pass, for `sam_restore_`. Make them once and use them at every step.
+        swap: write the new values into the backup and exchange its memory with the parameters' (`.data`), which is
+            all that `sam_restore_(swap=True)` does as well: four passes over memory instead of seven. The
+            parameters stay the same objects, but views of their memory (flat buffers, captured CUDA graphs)
+            do not follow. Not for DTensors.
 
     Returns the norm, () float32 (float64 where a tensor is float64), on the parameters' device.
 
@@ -205,6 +222,8 @@ def sam_perturb_(
     if not isinstance(parameters, Tensor | Mapping):
         parameters = parameters_of("parameters", parameters)[1]
     every, live, given = _with_gradients(parameters, gradients)
+    if swap:
+        _refuse_swap(every, backup)
     kept: list[Tensor] = []
     if backup is not None and every:
         own = checked("parameters", [local(p) for p in every])
@@ -215,10 +234,11 @@ def sam_perturb_(
                 torch._foreach_copy_(kept, own)
         return torch.zeros((), device=local(every[0]).device if every else None)
     weights, grads = _checked_pair(live, given)
-    if kept and len(weights) < len(kept):
+    beside_weights = kept
+    if len(weights) < len(kept):
         moving = {id(p) for p in live}
+        beside_weights = [k for k, p in zip(kept, every) if id(p) in moving]
         still = [(k, w) for k, w, p in zip(kept, own, every) if id(p) not in moving]
-        kept = [k for k, p in zip(kept, every) if id(p) in moving]
         with torch.no_grad():
             torch._foreach_copy_([k for k, _ in still], [w for _, w in still])
     if adaptive:
@@ -226,9 +246,27 @@ def sam_perturb_(
     else:
         norms = norms_of(grads)
     norm = whole_norm(norms, given)
-    arguments = (weights, grads, _factor(norm, rho, eps), eta if adaptive else None, kept)
-    run_in_place("perturb_", _perturb, (weights, kept), *arguments)
+    arguments = (weights, grads, _factor(norm, rho, eps), eta if adaptive else None, beside_weights)
+    if swap:
+        run_in_place("perturb_out", _perturb_out, (beside_weights,), *arguments)
+        _exchange(own, kept)
+    else:
+        run_in_place("perturb_", _perturb, (weights, beside_weights), *arguments)
     return norm
+
+
+def _refuse_swap(every: list, backup: Any) -> None:
+    if backup is None:
+        raise ValueError("swap: expected a backup whose memory is exchanged with the parameters'")
+    if any([hasattr(p, "to_local") for p in every]):
+        raise ValueError("swap: a DTensor's memory is not exchanged; leave swap out")
+
+
+def _exchange(parameters: list[Tensor], backup: list[Tensor]) -> None:
+    """Each pair's memory, swapped; both count as changed for autograd."""
+    for p, k in zip(parameters, backup):
+        p.data, k.data = k.data, p.data
+    torch.autograd.graph.increment_version([*parameters, *backup])
 
 
 def sam_restore_(
@@ -240,6 +278,7 @@ def sam_restore_(
     adaptive: bool = False,
     eps: float = 1e-12,
     backup: Parameters | None = None,
+    swap: bool = False,
     add: Parameters | None = None,
 ) -> None:
     r"""Back from `sam_perturb_`, in place: the kept values bit for bit, or the step computed again and taken off,
@@ -252,6 +291,7 @@ def sam_restore_(
             the larger of w and w + e; bfloat16 and float16 parameters, where that adds up, are refused.
         adaptive: True needs a backup: the step depends on values that are gone.
         backup: the tensors `sam_perturb_` wrote to. With it gradients and norm are not needed.
+        swap: as given there.
         add: gradients (None for none) added to the parameters' `.grad` in the same pass: ImbSAM's gradient of the
             head classes, which is kept while the tail's perturbs. Where `.grad` is None it becomes a copy.
 
@@ -268,12 +308,16 @@ def sam_restore_(
     if not isinstance(parameters, Tensor | Mapping):
         parameters = parameters_of("parameters", parameters)[1]
     keys, every = parameters_of("parameters", parameters)
+    if swap:
+        _refuse_swap(every, backup)
     targets, more = _to_add(every, [] if add is None else beside("add", add, keys))
     if backup is not None:
         own = written("parameters", checked("parameters", [local(p) for p in every]))
         kept = _kept(backup, parameters, own)
-        with torch.no_grad():
-            if own:
+        if swap:
+            _exchange(own, kept)
+        elif own:
+            with torch.no_grad():
                 torch._foreach_copy_(own, kept)
         if targets:
             one = torch.ones((), device=targets[0].device)

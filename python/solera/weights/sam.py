@@ -28,7 +28,7 @@ class SAM:
 
     Args:
         optimizer: any torch optimizer.
-        rho, adaptive, eta, eps: of `sam_perturb_`; the norm is that of all parameter groups together.
+        rho, adaptive, eta, eps, swap: of `sam_perturb_`; the norm is that of all parameter groups together.
 
     Shapes: parameters of any shape, float32, float64, bfloat16, float16; DTensors.
 
@@ -46,6 +46,7 @@ class SAM:
         adaptive: bool = False,
         eta: float = 0.0,
         eps: float = 1e-12,
+        swap: bool = False,
     ) -> None:
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(
@@ -53,7 +54,7 @@ class SAM:
             )
         self.optimizer = optimizer
         self.rho = _check.number("rho", rho, low=0.0)
-        self.adaptive = adaptive
+        self.adaptive, self.swap = adaptive, swap
         self.eta = _check.number("eta", eta, low=0.0)
         self.eps = _check.number("eps", eps, low=0.0)
         self._backup: dict[Tensor, Tensor] = {}
@@ -86,7 +87,7 @@ class SAM:
                 self._backup[p] = torch.empty_like(p, requires_grad=False)
         norm = sam_perturb_(
             live, None, self.rho, adaptive=self.adaptive, eta=self.eta, eps=self.eps,
-            backup=[self._backup[p] for p in live],
+            backup=[self._backup[p] for p in live], swap=self.swap,
         )  # fmt: skip
         self._moved = live
         return norm
@@ -94,7 +95,8 @@ class SAM:
     def restore(self) -> None:
         """Back to the weights before `perturb`, bit for bit."""
         if self._moved:
-            sam_restore_(self._moved, backup=[self._backup[p] for p in self._moved])
+            kept = [self._backup[p] for p in self._moved]
+            sam_restore_(self._moved, backup=kept, swap=self.swap)
             self._moved = []
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
