@@ -39,8 +39,9 @@ struct NoiseItem {
 struct PerturbTable {
   // Indexed by accumulator: 0 float, 1 double.
   double (*norm[2])(const PerturbItem&, int64_t begin, int64_t end);
-  void (*step[2])(const PerturbItem&, int64_t begin, int64_t end);
-  void (*noise[2])(const NoiseItem&, int64_t begin, int64_t end);  // begin a multiple of 1024
+  void (*step_mixed[2])(const PerturbItem&, int64_t begin, int64_t end);
+  void (*noise[2])(const NoiseItem&, int64_t begin, int64_t end);   // begin a multiple of 1024
+  void (*step[4])(const PerturbItem&, int64_t begin, int64_t end);  // by dtype
 };
 
 namespace SOLERA_ISA {
@@ -81,32 +82,48 @@ double norm(const PerturbItem& p, int64_t begin, int64_t end) {
   return total;
 }
 
-template <class T>
+template <class V, class T>
+SOLERA_INLINE V moved(V old, V g, T factor, T eta, bool adaptive) {
+  if (!adaptive) return old + factor * g;
+  const V t = size_of(old) + eta;
+  return old + factor * (t * t * g);
+}
+
+// Parameter and gradient of one dtype.
+template <class S>
 void step(const PerturbItem& p, int64_t begin, int64_t end) {
-  T w_tile[kGradTile], g_tile[kGradTile];
-  const T factor = T(p.factor), eta = T(p.eta);
-  const bool stream = p.streaming && p.out != p.w && p.w_dtype == kNativeDtype<T> &&
-                      can_stream((const T*)p.out + begin);
-  const int64_t bytes = p.w_dtype == kFloat64 ? 8 : p.w_dtype == kFloat32 ? 4 : 2;
+  const A<S> factor = A<S>(p.factor), eta = A<S>(p.eta);
+  S* result = (S*)p.out;
+  const bool stream = p.streaming && p.out != p.w && can_stream(result + begin);
   with_flag(p.adaptive, [&](auto adaptive) {
     grad_tiles(begin, end, [&](int64_t at, int n) {
-      if (p.kept != nullptr)
-        keep_bytes((const char*)p.w + at * bytes, (char*)p.kept + at * bytes, n * bytes,
-                   p.streaming);
-      const T* w = read_tile<T>(p.w, p.w_dtype, at, n, w_tile);
-      const T* g = read_tile<T>(p.g, p.g_dtype, at, n, g_tile);
-      T* out = open_tile<T>(p.out, p.w_dtype, at, w_tile);
-      strips<kLanes<T>>(n, [&](int64_t j, int m) {
-        const AccVec<T> old = get(w + j, m);
-        AccVec<T> e = get(g + j, m);
-        if (decltype(adaptive)::value) {
-          const AccVec<T> t = size_of(old) + eta;
-          e = t * t * e;
-        }
-        put(out + j, old + factor * e, m, stream);
+      const S *w = (const S*)p.w + at, *g = (const S*)p.g + at;
+      if (p.kept != nullptr) keep_bytes(w, (S*)p.kept + at, n * int64_t(sizeof(S)), p.streaming);
+      strips<kLanes<S>>(n, [&](int64_t j, int m) {
+        put(result + at + j,
+            moved(get(w + j, m), get(g + j, m), factor, eta, decltype(adaptive)::value), m, stream);
       });
-      close_tile<T>(p.out, p.w_dtype, at, n, w_tile);
     });
+  });
+  if (p.streaming) stream_fence();
+}
+
+// Of two dtypes, by tiles of accumulators.
+template <class T>
+void step_mixed(const PerturbItem& p, int64_t begin, int64_t end) {
+  T w_tile[kGradTile], g_tile[kGradTile];
+  const T factor = T(p.factor), eta = T(p.eta);
+  const int64_t bytes = p.w_dtype == kFloat64 ? 8 : p.w_dtype == kFloat32 ? 4 : 2;
+  grad_tiles(begin, end, [&](int64_t at, int n) {
+    if (p.kept != nullptr)
+      keep_bytes((const char*)p.w + at * bytes, (char*)p.kept + at * bytes, n * bytes, p.streaming);
+    const T* w = read_tile<T>(p.w, p.w_dtype, at, n, w_tile);
+    const T* g = read_tile<T>(p.g, p.g_dtype, at, n, g_tile);
+    T* out = open_tile<T>(p.out, p.w_dtype, at, w_tile);
+    strips<kLanes<T>>(n, [&](int64_t j, int m) {
+      put(out + j, moved(get(w + j, m), get(g + j, m), factor, eta, p.adaptive), m);
+    });
+    close_tile<T>(p.out, p.w_dtype, at, n, w_tile);
   });
   if (p.streaming) stream_fence();
 }
@@ -181,8 +198,9 @@ void noise(const NoiseItem& p, int64_t begin, int64_t end) {
 extern const PerturbTable perturb_table;
 const PerturbTable perturb_table = {
     {norm<float>, norm<double>},
-    {step<float>, step<double>},
+    {step_mixed<float>, step_mixed<double>},
     {noise<float>, noise<double>},
+    {step<float>, step<double>, step<bf16>, step<f16>},
 };
 
 }  // namespace SOLERA_ISA
@@ -271,7 +289,9 @@ void run_perturb(const std::vector<Tensor>& parameters, const std::vector<Tensor
   }
   pieces.parallel(fresh.empty() ? 12 : 16, [&](const GradPiece& p, size_t) {
     const PerturbItem& item = items[p.item];
-    table.step[perturb_wide(item)](item, p.begin, p.end);
+    const auto kernel = item.w_dtype == item.g_dtype ? table.step[item.w_dtype]
+                                                     : table.step_mixed[perturb_wide(item)];
+    kernel(item, p.begin, p.end);
   });
   for (size_t l = 0; l < count; ++l) {
     if (in_place) memory[3 * l].put_back(parameters[l]);
