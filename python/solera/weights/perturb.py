@@ -33,7 +33,7 @@ from .. import _check
 from .._registry import reference
 from ..norm.grad_norm import _wide, norms_of, run_in_place
 from ._distributed import whole_norm
-from ._lists import local
+from ._lists import local, shards
 from ._parameters import apart, beside, checked, parameters_of, written
 from ._random import random_words, tensor_key
 from .lincomb import lincomb
@@ -152,20 +152,18 @@ def _with_gradients(parameters: Any, gradients: Any) -> tuple[list, list, list]:
 
 def _checked_pair(weights: list, grads: list) -> tuple[list[Tensor], list[Tensor]]:
     """This process's part of both, checked."""
-    own = checked("parameters", [local(w) for w in weights])
-    return written("parameters", own), checked("gradients", [local(g) for g in grads], own)
+    own = checked("parameters", shards(weights))
+    return written("parameters", own), checked("gradients", shards(grads), own)
 
 
 def _kept(backup: Any, parameters: Any, like: list[Tensor]) -> list[Tensor]:
     keys, _ = parameters_of("parameters", parameters)
-    kept = [local(t) for t in beside("backup", backup, keys)]
+    kept = shards(beside("backup", backup, keys))
     checked("backup", kept, like)
     for index, (k, w) in enumerate(zip(kept, like)):
         if k.dtype != w.dtype:
             raise TypeError(f"backup[{index}]: expected {w.dtype}, the parameter's, got {k.dtype}")
-    written("backup", kept)
-    apart("parameters", like, kept, "backup")
-    return kept
+    return written("backup", kept)
 
 
 def _factor(norm: Tensor, rho: float, eps: float) -> Tensor:
@@ -226,8 +224,9 @@ def sam_perturb_(
         _refuse_swap(every, backup)
     kept: list[Tensor] = []
     if backup is not None and every:
-        own = checked("parameters", [local(p) for p in every])
+        own = checked("parameters", shards(every))
         kept = _kept(backup, parameters, own)
+        apart("parameters", own, kept, "backup")
     if not live:
         if kept:
             with torch.no_grad():
@@ -312,7 +311,7 @@ def sam_restore_(
         _refuse_swap(every, backup)
     targets, more = _to_add(every, [] if add is None else beside("add", add, keys))
     if backup is not None:
-        own = written("parameters", checked("parameters", [local(p) for p in every]))
+        own = written("parameters", checked("parameters", shards(every)))
         kept = _kept(backup, parameters, own)
         if swap:
             _exchange(own, kept)
