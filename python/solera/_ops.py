@@ -1139,4 +1139,43 @@ op(
 )
 
 
+# ---- weights.perturb ---------------------------------------------------------------------------------
+
+# Lists of L tensors; factors and norms () or (L,), float32 or float64; kept as the parameters, or empty.
+
+op("weights.perturb", "perturb_norms(Tensor[] parameters, Tensor[] grads, float eta) -> Tensor")
+op(
+    "weights.perturb",
+    "perturb_(Tensor(a!)[] parameters, Tensor[] grads, Tensor factors, float? eta, Tensor(b!)[] kept)"
+    " -> ()",
+)
+op(
+    "weights.perturb",
+    "perturb_out(Tensor[] parameters, Tensor[] grads, Tensor factors, float? eta, Tensor(a!)[] out) -> ()",
+)
+op(
+    "weights.perturb",
+    "noise_(Tensor(a!)[] parameters, Tensor norms, float[] scales, int seed, int[] keys) -> ()",
+)
+
+
+# ---- weights.anchor ----------------------------------------------------------------------------------
+
+# Lists of L tensors, weights and starts also empty; sums (2, L) float64; factors () or (L,).
+
+op(
+    "weights.anchor",
+    "anchor_sums(Tensor[] parameters, Tensor[] anchors, Tensor[] weights, Tensor[] starts) -> Tensor",
+)
+op(
+    "weights.anchor",
+    "anchor_gradient(Tensor[] parameters, Tensor[] anchors, Tensor[] weights, Tensor factors)"
+    " -> Tensor[]",
+)
+op(
+    "weights.anchor",
+    "anchor_step_(Tensor(a!)[] parameters, Tensor[] anchors, Tensor[] weights, Tensor factors) -> ()",
+)
+
+
 _registry.attach_kernels()

@@ -45,27 +45,6 @@ struct GradStepTable {
 namespace SOLERA_ISA {
 namespace {
 
-SOLERA_INLINE vf vector_root(vf x) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_sqrt_ps((__m512)x);
-#elif defined(__AVX2__)
-  return (vf)_mm256_sqrt_ps((__m256)x);
-#else
-  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
-  return x;
-#endif
-}
-SOLERA_INLINE vd vector_root(vd x) {
-#if defined(__AVX512F__)
-  return (vd)_mm512_sqrt_pd((__m512d)x);
-#elif defined(__AVX2__)
-  return (vd)_mm256_sqrt_pd((__m256d)x);
-#else
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
-  return x;
-#endif
-}
-
 template <class T>
 void adam(const AdamStep& s, int64_t begin, int64_t end) {
   T p_tile[kGradTile], m_tile[kGradTile], v_tile[kGradTile], g_tile[kGradTile];

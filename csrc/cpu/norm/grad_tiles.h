@@ -11,6 +11,27 @@ namespace {
 
 constexpr int kGradTile = 1024;
 
+SOLERA_INLINE vf vector_root(vf x) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_sqrt_ps((__m512)x);
+#elif defined(__AVX2__)
+  return (vf)_mm256_sqrt_ps((__m256)x);
+#else
+  for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
+  return x;
+#endif
+}
+SOLERA_INLINE vd vector_root(vd x) {
+#if defined(__AVX512F__)
+  return (vd)_mm512_sqrt_pd((__m512d)x);
+#elif defined(__AVX2__)
+  return (vd)_mm256_sqrt_pd((__m256d)x);
+#else
+  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_sqrt(x[i]);
+  return x;
+#endif
+}
+
 template <class A>
 constexpr int kNativeDtype = sizeof(A) == 8 ? kFloat64 : kFloat32;
 

@@ -1,6 +1,7 @@
 """Weight interpolation: combinations and moving averages of the weights of several models."""
 
 from . import methods
+from .anchor import anchor_decay_, anchor_penalty, normalized_parameter_distance
 from .averages import (
     GreedyLog,
     GreedyStep,
@@ -13,6 +14,7 @@ from .averages import (
 )
 from .bank_losses import cfg_kd_loss, elr_loss, isogclr_loss, kl_to_bank, rationale_loss
 from .conv_lora import conv_lora_weight
+from .distributed import average_parameters_, ema_over_group_, soup_over_group
 from .ema import ema_
 from .embeddings import (
     focal_info_nce,
@@ -38,9 +40,11 @@ from .mixing import (
     softplus_weight,
     weighted_sum,
 )
+from .perturb import normalized_step, perturb_weights_, sam_perturb_, sam_restore_
 from .reparam import gradient_dropout, masked_weight, mixout, weight_compand
 from .reparam_linear import masked_linear, mixout_linear
 from .row_lincomb import row_lincomb
+from .sam import SAM
 from .sparse_delta import (
     sparse_delta_linear,
     sparse_delta_weight,
@@ -51,15 +55,20 @@ from .sparse_training import erk_density, masked_update_, prune_grow_
 from .sweep import interpolate
 
 __all__ = [
+    "SAM",
     "GreedyLog",
     "GreedyStep",
     "Soup",
+    "anchor_decay_",
+    "anchor_penalty",
+    "average_parameters_",
     "cfg_kd_loss",
     "class_ema_",
     "conv_lora_weight",
     "coteaching_select",
     "elr_loss",
     "ema_",
+    "ema_over_group_",
     "erk_density",
     "focal_info_nce",
     "gradient_dropout",
@@ -87,17 +96,23 @@ __all__ = [
     "model_stock",
     "multi_slerp",
     "nonneg_project_",
+    "normalized_parameter_distance",
+    "normalized_step",
     "pairwise_cosine_diversity",
+    "perturb_weights_",
     "prefix_mask",
     "principal_aggregate",
     "prune_grow_",
     "rationale_loss",
     "row_lincomb",
     "running_mean_",
+    "sam_perturb_",
+    "sam_restore_",
     "slerp",
     "softmax_margin_ce",
     "softplus_weight",
     "soup",
+    "soup_over_group",
     "sparse_delta_linear",
     "sparse_delta_weight",
     "sparse_nuclear_norm",

@@ -20,11 +20,31 @@ def plain(value: Any) -> bool:
     return type(value) in _PLAIN
 
 
+def local(t: Any) -> Any:
+    """A DTensor's shard on this process; anything else itself."""
+    return t.to_local() if hasattr(t, "to_local") else t
+
+
+def all_plain(flat: Iterable[Any]) -> bool:
+    return _PLAIN.issuperset(map(type, flat))
+
+
+def shards(value: Any) -> Any:
+    """A tensor, list or state dict with its DTensors replaced by this process's shards."""
+    if isinstance(value, Mapping):
+        if all_plain(value.values()):
+            return value
+        return {key: local(t) for key, t in value.items()}
+    if isinstance(value, list | tuple):
+        return value if all_plain(value) else [local(t) for t in value]
+    return local(value)
+
+
 def uniform(flat: Sequence[Any], like: Sequence[Tensor]) -> bool:
     """True if flat[i] is a plain dense floating-point tensor of the shape of like[i % len(like)], all on one
     device. The quick way through the checks; a False is explained by `match`.
     """
-    if not all([type(t) in _PLAIN for t in flat]):
+    if not all_plain(flat):
         return False
     first = like[0]
     device, strided = first.device, torch.strided

@@ -181,7 +181,7 @@ def ema_(
         step: with a seed, a counter in [0, 2^32) that changes at every call: a constant one would round the
             same elements up each time, and freeze the others. Without a seed it has no effect.
 
-    Shapes: each average and its parameter have one shape, any.
+    Shapes: each average and its parameter have one shape, any. Of DTensors each process averages its shards.
 
     Raises:
         ValueError, TypeError: naming the argument: empty lists, keys, shapes, dtypes (integer entries
@@ -195,7 +195,8 @@ def ema_(
         _check.choice("rounding", rounding, ROUNDINGS)
     if seed is not None or step is not None:
         _check_seed(seed, step)
-    averages, parameters = _containers(averages), _containers(parameters)
+    averages = _lists.shards(_containers(averages))
+    parameters = _lists.shards(_containers(parameters))
     flat: Any = averages
     flat_parameters: Any = parameters
     if _lists.plain(averages) and _lists.plain(parameters):

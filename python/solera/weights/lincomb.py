@@ -30,6 +30,7 @@ from .. import _check
 from .._registry import compiled_library, reference
 from .._route import use_reference
 from . import _lists
+from ._distributed import placements_of
 
 _op = torch.ops.solera
 _lincomb_op = _op.lincomb.default
@@ -364,6 +365,9 @@ def lincomb(
         out: written and returned instead of new tensors; saves touching fresh memory. It may be exactly
             one of the inputs at the same position; any other overlap is an error. No gradient flows.
 
+    DTensors of one mesh and placement give such DTensors: each process combines its shards. Their coefficients get no
+    gradient, and sums of partial values are refused.
+
     Shapes: K of any shape S -> S; K lists of shapes S_1..S_L -> the list; state dicts -> a dict. New results
     are contiguous.
 
@@ -378,6 +382,10 @@ def lincomb(
     """
     reference_only = use_reference()
     gathered = _gather(tensors, base)
+    if gathered is None or not _lists.all_plain(gathered[3]):
+        placed = placements_of(tensors, base)
+        if placed:
+            return _of_shards(placed, tensors, coefficients, base, out_dtype, out)
     trusted = (
         gathered is not None and not reference_only and out is None and _kernel_checks(gathered[3])
     )
@@ -417,6 +425,28 @@ def lincomb(
         return list(results)
     found = dict(zip(keys, results))
     return {key: whole[key].clone() if key in whole else found[key] for key in tensors[0]}
+
+
+def _of_shards(placed, tensors, coefficients, base, out_dtype, out):
+    """The same of DTensors: each process combines its shards, which is the combination's shard."""
+    if torch.is_grad_enabled() and isinstance(coefficients, Tensor) and coefficients.requires_grad:
+        raise ValueError(
+            "coefficients: their gradient is a sum over all shards, which is not taken; give them detached"
+        )
+    found = lincomb(
+        [_lists.shards(model) for model in tensors],
+        coefficients,
+        base=_lists.shards(base),
+        out_dtype=out_dtype,
+        out=_lists.shards(out),
+    )
+    if out is not None:
+        return out
+    if isinstance(found, Tensor):
+        return placed[0](found)
+    if isinstance(found, list):
+        return [placed[key](t) if key in placed else t for key, t in enumerate(found)]
+    return {key: placed[key](t) if key in placed else t for key, t in found.items()}
 
 
 def _into(out, out_dtype, kind, keys, whole, flat, c, split, graph):
