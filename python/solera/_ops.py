@@ -973,4 +973,32 @@ op(
 )
 
 
+# ---- weights.consensus -------------------------------------------------------------------------------
+
+# tensors: K models of L tensors each, model by model; base: L or none. ranks (K, G) from the largest, 0 for none
+# (inf); thresholds (K, G) float64, G = 1 if whole, else L.
+op(
+    "weights.abs_quantile",
+    "abs_quantile(Tensor[] tensors, Tensor[] base, int models, int[] ranks, bool whole) -> Tensor",
+)
+
+# weights, factors, low, high (K, L); seed one int64 with keys (L) and keep (K), bounds of 32-bit words. vote and
+# divide index VOTES and DIVISORS of solera.weights.consensus. dweights (K, L), norms (2, K, L), both float64.
+op(
+    "weights.consensus",
+    "consensus(Tensor[] tensors, Tensor[] base, Tensor weights, Tensor? factors, Tensor? low, Tensor? high,"
+    " Tensor? seed, int[] keys, int[] keep, int vote, bool before, int divide, float scale) -> Tensor[]",
+)
+op(
+    "weights.consensus",
+    "consensus_backward(Tensor[] grads, Tensor[] tensors, Tensor[] base, Tensor weights, Tensor? factors,"
+    " Tensor? low, Tensor? high, Tensor? seed, int[] keys, int[] keep, int vote, bool before, int divide,"
+    " float scale, bool need_weights, bool[] need_tensors) -> (Tensor dweights, Tensor[] dtensors)",
+)
+op(
+    "weights.consensus",
+    "consensus_norms(Tensor[] tensors, Tensor[] base, Tensor seed, int[] keys, int[] keep) -> Tensor",
+)
+
+
 _registry.attach_kernels()

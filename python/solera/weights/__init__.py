@@ -3,5 +3,14 @@
 from .conv_lora import conv_lora_weight
 from .ema import ema_
 from .lincomb import lincomb
+from .sparse_merges import breadcrumbs, dare, della, ties
 
-__all__ = ["conv_lora_weight", "ema_", "lincomb"]
+__all__ = [
+    "breadcrumbs",
+    "conv_lora_weight",
+    "dare",
+    "della",
+    "ema_",
+    "lincomb",
+    "ties",
+]
