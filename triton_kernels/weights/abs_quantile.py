@@ -20,6 +20,7 @@ from .._launch import on_device_of
 from ._table import LANGUAGE_DTYPE, aligned, build, pointer, program_of, size
 
 DIGIT = 11
+BITS = tl.constexpr(DIGIT)
 BINS = tl.constexpr(1 << DIGIT)
 
 
@@ -31,8 +32,10 @@ def _keys(w, base, at, mask, HAS_BASE: tl.constexpr, WIDE: tl.constexpr, KEY64: 
     if HAS_BASE:
         d -= tl.load(base + at, mask=mask, other=0.0).to(ACC)
     if KEY64:
-        return d.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
-    return (d.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+        key = d.to(tl.float64).to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF
+    else:
+        key = (d.to(tl.int32, bitcast=True) & 0x7FFFFFFF).to(tl.int64)
+    return key
 
 
 # A row of the table: w, base (or 0), number of elements, the place of the rank.
@@ -53,14 +56,16 @@ def abs_quantile_count_kernel(
     for start in range(chunk * CHUNK, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         rest = _keys(w, base, at, at < n, HAS_BASE, WIDE, KEY64) >> shift
-        live = (at < n) & ((rest // BINS) == prefix)
-        counts += tl.histogram((rest % BINS).to(tl.int32), BINS, mask=live)
+        live = (at < n) & ((rest >> BITS) == prefix)
+        counts += tl.histogram((rest & (BINS - 1)).to(tl.int32), BINS, mask=live)
     digit = tl.arange(0, BINS)
     tl.atomic_add(bins + place * BINS + digit, counts.to(tl.int64), mask=counts > 0)
 
 
 @triton.jit
-def abs_quantile_pick_kernel(places, prefixes, ranks, bins, out, LAST: tl.constexpr, KEY64: tl.constexpr):
+def abs_quantile_pick_kernel(
+    places, prefixes, ranks, bins, out, LAST: tl.constexpr, KEY64: tl.constexpr
+):
     """The digit of one rank; the bins are left at zero. After the last digit the threshold is written."""
     place = tl.load(places + tl.program_id(0))
     digit = tl.arange(0, BINS)

@@ -21,112 +21,9 @@ import triton
 import triton.language as tl
 
 from .._launch import on_device_of
-from ._mask import mask_words
 from ._table import LANGUAGE_DTYPE, aligned, build, pointer, program_of, size
-from .lincomb import _accumulator, _columns, _rounded, _stream, _unrolled, lincomb_sum_kernel
-
-LINEAR = tl.constexpr(0)
-MASS = tl.constexpr(1)
-
-
-@triton.jit
-def _drawn(seed, key, k, start, bound, BLOCK: tl.constexpr):
-    """Whether the random words of BLOCK elements from `start` keep them."""
-    chunk = start // 512 + tl.arange(0, BLOCK // 512)[:, None]
-    lane = tl.arange(0, 128)[None, :]
-    r0, r1, r2, r3 = mask_words(seed, chunk.to(tl.int64), lane, key, k)
-    words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [R, 128, 2, 2]: slot 2 i + j at [..., i, j]
-    words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK,))
-    return (words <= (bound - 1).to(tl.uint32)) & (bound > 0)
-
-
-@triton.jit
-def _kept(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM: tl.constexpr,
-          ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    if RANDOM:
-        model = tl.zeros((), tl.int32) + k
-        return _drawn(seed, key, model, start, tl.load(keep + k), BLOCK)
-    magnitude = tl.abs(d)
-    low = tl.load(numbers + at_k).to(ACC)
-    high = tl.load(numbers + stride + at_k).to(ACC)
-    return ((magnitude < low) | (magnitude > high)) == 0
-
-
-@triton.jit
-def _divided(a, b, ACC: tl.constexpr):
-    if ACC == tl.float64:
-        return a / b
-    return tl.div_rn(a, b)
-
-
-@triton.jit
-def _count_in(d, kept, plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass, numbers, at_k,
-              stride, VOTE: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
-    """The sums with model k's share; numbers holds low, high, election, value, divisor, (K, L) each."""
-    v = d * tl.load(numbers + 3 * stride + at_k).to(ACC)
-    if VOTE == LINEAR:
-        plus += tl.where(kept, v, 0.0)
-    else:
-        u = d * tl.load(numbers + 2 * stride + at_k).to(ACC)
-        share = tl.load(numbers + 4 * stride + at_k).to(ACC)
-        up = kept & ((u <= 0) == 0)
-        down = kept & (u < 0)
-        plus += tl.where(up, v, 0.0)
-        minus += tl.where(down, v, 0.0)
-        plus_divisor += tl.where(up, share, 0.0)
-        minus_divisor += tl.where(down, share, 0.0)
-        if VOTE == MASS:
-            plus_mass += tl.where(up, u, 0.0)
-            minus_mass += tl.where(down, -u, 0.0)
-        else:
-            plus_mass += tl.where(up, 1.0, 0.0).to(ACC)
-            minus_mass += tl.where(down, 1.0, 0.0).to(ACC)
-    return plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass
-
-
-@triton.jit
-def _verdict(row, at, mask, b, K, numbers, column, length, keep, seed, key, start,
-             DTYPES: tl.constexpr, COUNT: tl.constexpr, HAS_BASE: tl.constexpr, VOTE: tl.constexpr,
-             DIVIDE: tl.constexpr, RANDOM: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
-    """(sum, divisor) of those that agree, whether the elected sign is -, whether the divisor was replaced."""
-    plus = tl.zeros((BLOCK,), ACC)
-    minus = tl.zeros((BLOCK,), ACC)
-    plus_divisor = tl.zeros((BLOCK,), ACC)
-    minus_divisor = tl.zeros((BLOCK,), ACC)
-    plus_mass = tl.zeros((BLOCK,), ACC)
-    minus_mass = tl.zeros((BLOCK,), ACC)
-    stride = K * length
-    if COUNT > 0:
-        for k in tl.static_range(COUNT):
-            d = _stream(row, k, at, mask, b, DTYPES[k], HAS_BASE, ACC, ALIGNED)
-            at_k = k * length + column
-            kept = _kept(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM, ACC, BLOCK)
-            plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass = _count_in(
-                d, kept, plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass, numbers, at_k,
-                stride, VOTE, ACC,
-            )  # fmt: skip
-    else:
-        for k in range(K):
-            d = _stream(row, k, at, mask, b, DTYPES[0], HAS_BASE, ACC, ALIGNED)
-            at_k = k * length + column
-            kept = _kept(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM, ACC, BLOCK)
-            plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass = _count_in(
-                d, kept, plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass, numbers, at_k,
-                stride, VOTE, ACC,
-            )  # fmt: skip
-    negative = plus_mass < minus_mass
-    total = tl.where(negative, minus, plus)
-    divisor = tl.where(negative, minus_divisor, plus_divisor)
-    replaced = tl.abs(divisor) < 1e-8
-    if not DIVIDE:
-        replaced = divisor == divisor
-    return total, tl.where(replaced, 1.0, divisor).to(ACC), negative, replaced
-
-
-@triton.jit
-def _scale(entry, ACC: tl.constexpr):
-    return tl.load(entry).to(tl.float64, bitcast=True).to(ACC)
+from ._votes import LINEAR, divided, drawn, kept_of, scale_of, verdict_of
+from .lincomb import _accumulator, _columns, _rounded, _stream, lincomb_sum_kernel
 
 
 # A row of the table: the K streams, the base (or 0), the output, the number of elements, the column, the
@@ -144,7 +41,7 @@ def consensus_forward_kernel(
     n = size(row + K + 2, ALIGNED)
     column = tl.load(row + K + 3)
     key = tl.load(row + K + 4)
-    scale = _scale(row + K + 5, ACC)
+    scale = scale_of(row + K + 5, ACC)
     out = pointer(row + K + 1, OUT, ALIGNED)
     seed = tl.load(seeds)
     end = tl.minimum(n, (chunk + 1) * CHUNK)
@@ -154,13 +51,13 @@ def consensus_forward_kernel(
         b = tl.zeros((BLOCK,), ACC)
         if HAS_BASE:
             b = tl.load(pointer(row + K, BASE, ALIGNED) + at, mask=mask, other=0.0).to(ACC)
-        total, divisor, negative, replaced = _verdict(
+        total, divisor, negative, replaced = verdict_of(
             row, at, mask, b, K, numbers, column, length, keep, seed, key, start, DTYPES, COUNT, HAS_BASE,
             VOTE, DIVIDE, RANDOM, ACC, ALIGNED, BLOCK,
         )  # fmt: skip
         merged = total * scale
         if DIVIDE:
-            merged = _divided(merged, divisor, ACC)
+            merged = divided(merged, divisor, ACC)
         tl.store(out + at, _rounded(b + merged, OUT), mask=mask)
 
 
@@ -170,7 +67,7 @@ def _spread(row, k, entry, at, mask, b, h, mean, negative, numbers, at_k, stride
             ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """dw_k, stored where the table holds an address, and the two dots of model k."""
     d = _stream(row, k, at, mask, b, DTYPE, HAS_BASE, ACC, ALIGNED)
-    agree = _kept(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM, ACC, BLOCK) & mask
+    agree = kept_of(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM, ACC, BLOCK) & mask
     if VOTE != LINEAR:
         u = d * tl.load(numbers + 2 * stride + at_k).to(ACC)
         agree = agree & tl.where(negative, u < 0, (u <= 0) == 0)
@@ -198,7 +95,7 @@ def consensus_backward_kernel(
     n = size(row + 2 * K + 3, ALIGNED)
     column = tl.load(row + 2 * K + 4)
     key = tl.load(row + 2 * K + 5)
-    scale = _scale(row + 2 * K + 6, ACC)
+    scale = scale_of(row + 2 * K + 6, ACC)
     seed = tl.load(seeds)
     stride = K * length
     lane = tl.arange(0, KP)
@@ -215,7 +112,7 @@ def consensus_backward_kernel(
         mean = tl.zeros((BLOCK,), ACC)
         negative = mean < 0
         if VOTE != LINEAR:
-            total, divisor, negative, replaced = _verdict(
+            total, divisor, negative, replaced = verdict_of(
                 row, at, mask, b, K, numbers, column, length, keep, seed, key, start, DTYPES, COUNT,
                 HAS_BASE, VOTE, DIVIDE, RANDOM, ACC, ALIGNED, BLOCK,
             )  # fmt: skip
@@ -246,6 +143,14 @@ def consensus_backward_kernel(
     tl.store(partial + slot * 2 * K + lane, dots, mask=lane < 2 * K)
 
 
+@triton.jit
+def _norms_of(d, k, K, lane, keep, seed, key, start, BLOCK: tl.constexpr):
+    size = tl.abs(d).to(tl.float64)
+    kept = drawn(seed, key, tl.zeros((), tl.int32) + k, start, tl.load(keep + k), BLOCK)
+    left = tl.sum(tl.where(kept, size, 0.0))
+    return tl.where(lane == k, tl.sum(size), 0.0) + tl.where(lane == K + k, left, 0.0)
+
+
 # A row: the K streams, the base (or 0), the number of elements, the column, the key, the first partial.
 @triton.jit
 def consensus_norms_kernel(
@@ -270,16 +175,12 @@ def consensus_norms_kernel(
             b = tl.load(pointer(row + K, BASE, ALIGNED) + at, mask=mask, other=0.0).to(ACC)
         if COUNT > 0:
             for k in tl.static_range(COUNT):
-                d = tl.abs(_stream(row, k, at, mask, b, DTYPES[k], HAS_BASE, ACC, ALIGNED)).to(tl.float64)
-                kept = _drawn(seed, key, tl.zeros((), tl.int32) + k, start, tl.load(keep + k), BLOCK)
-                sums += tl.where(lane == k, tl.sum(d), 0.0)
-                sums += tl.where(lane == K + k, tl.sum(tl.where(kept, d, 0.0)), 0.0)
+                d = _stream(row, k, at, mask, b, DTYPES[k], HAS_BASE, ACC, ALIGNED)
+                sums += _norms_of(d, k, K, lane, keep, seed, key, start, BLOCK)
         else:
             for k in range(K):
-                d = tl.abs(_stream(row, k, at, mask, b, DTYPES[0], HAS_BASE, ACC, ALIGNED)).to(tl.float64)
-                kept = _drawn(seed, key, tl.zeros((), tl.int32) + k, start, tl.load(keep + k), BLOCK)
-                sums += tl.where(lane == k, tl.sum(d), 0.0)
-                sums += tl.where(lane == K + k, tl.sum(tl.where(kept, d, 0.0)), 0.0)
+                d = _stream(row, k, at, mask, b, DTYPES[0], HAS_BASE, ACC, ALIGNED)
+                sums += _norms_of(d, k, K, lane, keep, seed, key, start, BLOCK)
     slot = tl.load(row + K + 4) + chunk
     tl.store(partial + slot * 2 * K + lane, sums, mask=lane < 2 * K)
 
@@ -316,6 +217,29 @@ def _bits(value: float) -> int:
     return struct.unpack("q", struct.pack("d", value))[0]
 
 
+def _kind(column, b):
+    return tuple(t.dtype for t in column), None if b is None else b.dtype
+
+
+def _flags(dtypes, base_dtype, even, config):
+    """What every kernel is specialised for. Streams of one dtype run in a loop, others unrolled, fewer
+    elements a thread. (Eight full streams spilled: their loads are all issued at once.)
+    """
+    streams = (
+        (LANGUAGE_DTYPE[dtypes[0]],)
+        if len(set(dtypes)) == 1
+        else tuple(LANGUAGE_DTYPE[d] for d in dtypes)
+    )
+    flags = {
+        "DTYPES": streams, "COUNT": len(streams) if len(streams) > 1 else 0,
+        "BASE": LANGUAGE_DTYPE[base_dtype or dtypes[0]], "HAS_BASE": base_dtype is not None,
+        "ACC": _accumulator((*dtypes, base_dtype)), "ALIGNED": even, **config,
+    }  # fmt: skip
+    if len(streams) > 1:
+        flags |= {"BLOCK": max(512, config["BLOCK"] // 2), "num_warps": 8}
+    return flags
+
+
 def consensus(
     tensors, base, weights, factors, low, high, seed, keys, keep, vote, before, divide, scale
 ):
@@ -337,17 +261,14 @@ def consensus(
         row += [0 if b is None else b.data_ptr(), y.data_ptr(), y.numel()]
         even = aligned(row)
         row += [item, keys[item], _bits(scale)]
-        key = (tuple(t.dtype for t in column), None if b is None else b.dtype, dtype, even)
-        groups.setdefault(key, []).append(row)
+        groups.setdefault((*_kind(column, b), dtype, even), []).append(row)
     for (dtypes, base_dtype, out_dtype, even), rows in groups.items():
-        DTYPES, COUNT = _unrolled(dtypes)
         table, programs = build(rows, [triton.cdiv(r[K + 2], config["CHUNK"]) for r in rows], like)
         with on_device_of(like):
             consensus_forward_kernel[(len(programs),)](
-                table, programs, numbers, bounds, seeds, K, length, DTYPES=DTYPES, COUNT=COUNT,
-                BASE=LANGUAGE_DTYPE[base_dtype or dtypes[0]], OUT=LANGUAGE_DTYPE[out_dtype],
-                HAS_BASE=base_dtype is not None, VOTE=vote, DIVIDE=divide != 0, RANDOM=seed is not None,
-                ACC=_accumulator((*dtypes, base_dtype)), ALIGNED=even, enable_fp_fusion=False, **config,
+                table, programs, numbers, bounds, seeds, K, length, OUT=LANGUAGE_DTYPE[out_dtype],
+                VOTE=vote, DIVIDE=divide != 0, RANDOM=seed is not None, enable_fp_fusion=False,
+                **_flags(dtypes, base_dtype, even, config),
             )  # fmt: skip
     return out
 
@@ -389,20 +310,17 @@ def consensus_backward(
         row += [0 if b is None else b.data_ptr(), g.data_ptr(), *targets, g.numel()]
         even = aligned(row)
         row += [item, keys[item], _bits(scale), first[-2]]
-        key = (tuple(t.dtype for t in column), None if b is None else b.dtype, g.dtype, even)
-        groups.setdefault(key, []).append(row)
+        groups.setdefault((*_kind(column, b), g.dtype, even), []).append(row)
     partial = numbers.new_empty((first[-1], 2 * K))
     for (dtypes, base_dtype, grad_dtype, even), rows in groups.items():
-        DTYPES, COUNT = _unrolled(dtypes)
         chunks = [triton.cdiv(r[2 * K + 3], config["CHUNK"]) for r in rows]
         table, programs = build(rows, chunks, like)
         with on_device_of(like):
             consensus_backward_kernel[(len(programs),)](
-                table, programs, numbers, bounds, seeds, partial, K, length, DTYPES=DTYPES, COUNT=COUNT,
-                BASE=LANGUAGE_DTYPE[base_dtype or dtypes[0]], GRAD=LANGUAGE_DTYPE[grad_dtype],
-                HAS_BASE=base_dtype is not None, VOTE=vote, DIVIDE=divide != 0, RANDOM=seed is not None,
-                ACC=_accumulator((*dtypes, base_dtype)), ALIGNED=even, KP=triton.next_power_of_2(2 * K),
-                enable_fp_fusion=False, **config,
+                table, programs, numbers, bounds, seeds, partial, K, length,
+                GRAD=LANGUAGE_DTYPE[grad_dtype], VOTE=vote, DIVIDE=divide != 0, RANDOM=seed is not None,
+                KP=triton.next_power_of_2(2 * K), enable_fp_fusion=False,
+                **_flags(dtypes, base_dtype, even, config),
             )  # fmt: skip
     if not need_weights:
         return numbers.new_empty(0), [t for t in found if t is not None]
@@ -428,18 +346,14 @@ def consensus_norms(tensors, base, seed, keys, keep):
         row = [*[t.data_ptr() for t in column], 0 if b is None else b.data_ptr(), n]
         even = aligned(row)
         row += [item, keys[item], first[-2]]
-        key = (tuple(t.dtype for t in column), None if b is None else b.dtype, even)
-        groups.setdefault(key, []).append(row)
+        groups.setdefault((*_kind(column, b), even), []).append(row)
     partial = like.new_empty((first[-1], 2 * K), dtype=torch.float64)
     for (dtypes, base_dtype, even), rows in groups.items():
-        DTYPES, COUNT = _unrolled(dtypes)
         table, programs = build(rows, [triton.cdiv(r[K + 1], config["CHUNK"]) for r in rows], like)
         with on_device_of(like):
             consensus_norms_kernel[(len(programs),)](
-                table, programs, bounds, seeds, partial, K, DTYPES=DTYPES, COUNT=COUNT,
-                BASE=LANGUAGE_DTYPE[base_dtype or dtypes[0]], HAS_BASE=base_dtype is not None,
-                ACC=_accumulator((*dtypes, base_dtype)), ALIGNED=even, KP=triton.next_power_of_2(2 * K),
-                **config,
+                table, programs, bounds, seeds, partial, K, KP=triton.next_power_of_2(2 * K),
+                **_flags(dtypes, base_dtype, even, config),
             )  # fmt: skip
     return _in_order(partial, first, K, length, like)
 
@@ -448,43 +362,48 @@ def consensus_norms(tensors, base, seed, keys, keep):
 
 
 def aot() -> Iterator:
-    """The variants held to tests/budgets.json: eight streams and the loop, a vote or random words."""
+    """The variants held to tests/budgets.json: the loop and eight mixed streams, a vote or random words."""
     from .._aot import AotCase
 
     pointers = {"rows": "*i64", "programs": "*i64"}
     rest = {"keep": "*i64", "seeds": "*i64"}
-    for name, dtype, count, vote, random in (
-        ("ties_float32", tl.float32, 8, 1, False),
-        ("ties_bfloat16", tl.bfloat16, 8, 1, False),
-        ("dare_float32", tl.float32, 8, 0, True),
-        ("loop", tl.bfloat16, 0, 1, True),
+    mixed = (tl.bfloat16, tl.float32) * 4
+    for name, dtypes, vote, random in (
+        ("ties_float32", (tl.float32,), 1, False),
+        ("ties_bfloat16", (tl.bfloat16,), 1, False),
+        ("ties_mixed", mixed, 1, False),
+        ("dare_float32", (tl.float32,), 0, True),
+        ("dare_ties_bfloat16", (tl.bfloat16,), 1, True),
     ):
+        count = len(dtypes) if len(dtypes) > 1 else 0
         flags = {
-            "DTYPES": (dtype,) * max(count, 1), "COUNT": count, "BASE": dtype, "HAS_BASE": True,
-            "VOTE": vote, "DIVIDE": vote > 0, "RANDOM": random, "ACC": tl.float32, "ALIGNED": True,
-            "BLOCK": 1024, "CHUNK": 8192,
+            "DTYPES": dtypes, "COUNT": count, "BASE": dtypes[0], "HAS_BASE": True, "VOTE": vote,
+            "DIVIDE": vote > 0, "RANDOM": random, "ACC": tl.float32, "ALIGNED": True,
+            "BLOCK": 512 if count else 1024, "CHUNK": 8192,
         }  # fmt: skip
         signature = {**pointers, "numbers": "*fp64", **rest, "K": "i32", "length": "i32"}
         yield AotCase(
             name=f"consensus_forward_{name}",
             fn=consensus_forward_kernel,
             signature=signature,
-            constexprs={**flags, "OUT": dtype},
+            constexprs={**flags, "OUT": tl.float32},
             divisible_by_16=("rows", "programs", "numbers"),
+            num_warps=8 if count else 4,
         )
         yield AotCase(
             name=f"consensus_backward_{name}",
             fn=consensus_backward_kernel,
             signature={**signature, "partial": "*fp64"},
-            constexprs={**flags, "GRAD": dtype, "KP": 16},
+            constexprs={**flags, "GRAD": tl.float32, "KP": 16},
             divisible_by_16=("rows", "programs", "numbers", "partial"),
+            num_warps=8 if count else 4,
         )
     yield AotCase(
         name="consensus_norms",
         fn=consensus_norms_kernel,
         signature={**pointers, **rest, "partial": "*fp64", "K": "i32"},
         constexprs={
-            "DTYPES": (tl.float32,) * 8, "COUNT": 8, "BASE": tl.float32, "HAS_BASE": True,
+            "DTYPES": (tl.float32,), "COUNT": 0, "BASE": tl.float32, "HAS_BASE": True,
             "ACC": tl.float32, "ALIGNED": True, "BLOCK": 1024, "CHUNK": 8192, "KP": 16,
         },
         divisible_by_16=("rows", "programs", "partial"),

@@ -2,6 +2,7 @@
 
 from .conv_lora import conv_lora_weight
 from .ema import ema_
+from .importance import importance_mask, importance_merge, masked_lerp_, prune_rewind
 from .lincomb import lincomb
 from .sparse_merges import breadcrumbs, dare, della, ties
 
@@ -11,6 +12,10 @@ __all__ = [
     "dare",
     "della",
     "ema_",
+    "importance_mask",
+    "importance_merge",
     "lincomb",
+    "masked_lerp_",
+    "prune_rewind",
     "ties",
 ]

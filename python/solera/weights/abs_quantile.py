@@ -25,15 +25,15 @@ def delta_dtype(tensors: Sequence[Tensor]) -> torch.dtype:
 
 def columns(
     tensors: Sequence[Tensor], base: Sequence[Tensor], models: int
-) -> list[list[Tensor]]:
-    """The deltas of each position, in the dtype they are computed in."""
+) -> list[tuple[list[Tensor], Tensor | None]]:
+    """The deltas of each position and its base, in the dtype they are computed in."""
     length = len(tensors) // models
     out = []
     for item in range(length):
         column = tensors[item::length]
         acc = delta_dtype([*column, *base[item : item + 1]])
-        deltas = [w.to(acc) for w in column]
-        out.append([d - base[item].to(acc) for d in deltas] if base else deltas)
+        deltas, b = [w.to(acc) for w in column], base[item].to(acc) if base else None
+        out.append(([d - b for d in deltas] if b is not None else deltas, b))
     return out
 
 
@@ -48,7 +48,7 @@ def abs_quantile_reference(tensors, base, models, ranks, whole):
     """Sorts. ranks (K, G) flattened; (K, G) thresholds in float64, inf for rank 0."""
     length = len(tensors) // models
     refuse_mismatch("abs_quantile", [*tensors, *base], tensors[:length])
-    deltas = columns(tensors, base, models)
+    deltas = [deltas for deltas, _ in columns(tensors, base, models)]
     groups = 1 if whole else length
     out = []
     for k in range(models):

@@ -113,13 +113,13 @@ def consensus_reference(
     length = len(tensors) // models
     refuse_mismatch("consensus", [*tensors, *base], tensors[:length])
     out = []
-    for item, deltas in enumerate(columns(tensors, base, models)):
+    for item, (deltas, b) in enumerate(columns(tensors, base, models)):
         every = [*tensors[item::length], *base[item : item + 1]]
         dtype = every[0].dtype
         for t in every:
             dtype = torch.promote_types(dtype, t.dtype)
         merged = _merge(deltas, weights, item, rule)
-        out.append((merged + base[item].to(merged.dtype) if base else merged).to(dtype))
+        out.append((merged if b is None else merged + b).to(dtype))
     return out
 
 
@@ -164,7 +164,7 @@ def consensus_norms_reference(tensors, base, seed, keys, keep):
     """(2, K, L): sum |w - base| over all elements and over those that the random words keep."""
     rule = Rule(None, None, None, seed, keys, keep, 0, True, 0, 1.0)
     out = []
-    for item, deltas in enumerate(columns(tensors, base, len(keep))):
+    for item, (deltas, _) in enumerate(columns(tensors, base, len(keep))):
         sizes = [d.double().abs() for d in deltas]
         masks = [_kept(d, k, item, rule) for k, d in enumerate(deltas)]
         kept = [torch.where(m, s, 0) for m, s in zip(masks, sizes)]

@@ -46,7 +46,9 @@ class _Lists(NamedTuple):
         if self.kind == "list":
             return list(merged)
         found = dict(zip(self.keys, merged))
-        return {key: self.whole[key].clone() if key in self.whole else found[key] for key in self.order}
+        return {
+            key: self.whole[key].clone() if key in self.whole else found[key] for key in self.order
+        }
 
 
 def _gathered(base: Any, tensors: Any) -> _Lists:
@@ -88,9 +90,7 @@ def _shares(name: str, value: Any, models: int) -> list[float]:
     if isinstance(value, Sequence) and not isinstance(value, str):
         if len(value) != models:
             raise ValueError(f"{name}: expected one number or {models}, got {len(value)}")
-        return [
-            _check.number(f"{name}[{k}]", v, low=0, high=1) for k, v in enumerate(value)
-        ]
+        return [_check.number(f"{name}[{k}]", v, low=0, high=1) for k, v in enumerate(value)]
     return [_check.number(name, value, low=0, high=1)] * models
 
 
@@ -189,9 +189,7 @@ def ties(
     w = _weights(weights, lists)
     ranks = [[int(share * n) for n in _group_sizes(lists, scope)] for share in shares]
     low = _thresholds(lists, ranks, scope)
-    return lists.result(
-        consensus_lists(lists.tensors, lists.base, w, low=low, scale=scale, **how)
-    )
+    return lists.result(consensus_lists(lists.tensors, lists.base, w, low=low, scale=scale, **how))
 
 
 def dare(
@@ -367,14 +365,16 @@ def della(
     w = _weights(weights, lists)
     seed = _seed(seed, lists.base[0])
     deltas: list[list[Tensor]] = [[] for _ in range(lists.models)]
-    for column, key in zip(columns(lists.tensors, lists.base, lists.models), lists.tensor_keys()):
+    every = columns(lists.tensors, lists.base, lists.models)
+    for (column, _), key in zip(every, lists.tensor_keys()):
         for k, d in enumerate(column):
-            deltas[k].append(d * _ranked_mask(d.detach(), shares[k], epsilon, rescale, seed, key, k))
+            deltas[k].append(
+                d * _ranked_mask(d.detach(), shares[k], epsilon, rescale, seed, key, k)
+            )
     flat = [d for model in deltas for d in model]
     merged = consensus_lists(flat, [], w, scale=scale, **how)
-    return lists.result(
-        [(b.to(m.dtype) + m).to(_promoted(lists, i)) for i, (b, m) in enumerate(zip(lists.base, merged))]
-    )
+    out = [b + m for (_, b), m in zip(every, merged)]
+    return lists.result([t.to(_promoted(lists, i)) for i, t in enumerate(out)])
 
 
 def _promoted(lists: _Lists, item: int) -> torch.dtype:
