@@ -134,6 +134,7 @@ def test_gradients_against_the_reference(elect, weigh, divide, dtype):
             assert_accurate(a, b.double(), b * (1 + 1e-6))
 
 
+@pytest.mark.no_interpreter
 def test_gradcheck_and_second_derivatives():
     w, base, *tensors = make(3, (17,), F64, grad=True)
     for divide, elect, weigh in (
@@ -247,6 +248,11 @@ def test_containers_and_mixed_dtypes():
     listed = ties([base["b"]], [[m["b"]] for m in models], [1.0, 0.5], 0.5)
     assert torch.equal(listed[0], out["b"])
     assert torch.equal(ties(base["b"], [m["b"] for m in models], [1.0, 0.5], 0.5), out["b"])
+    leaves = [t["w"].clone().requires_grad_() for t in (base, *models)]
+    y = ties(leaves[0], leaves[1:], [1.0, 0.5], 0.5)
+    grads = torch.autograd.grad(y.sum(), leaves)
+    assert [g.dtype for g in grads] == [BF16, F32, F16]
+    assert_accurate(grads[0], 1 - grads[1].double() - grads[2].double())
     empty = torch.zeros(0, 3, device=DEVICE)
     assert ties(empty, [empty, empty], [1, 1], 0.2).shape == (0, 3)
     assert dare([empty, base["b"]], [[empty, base["b"]]], [1], 0.2, seed=1, rescale="l1")[

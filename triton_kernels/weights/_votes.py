@@ -25,10 +25,9 @@ def drawn(seed, key, k, start, bound, BLOCK: tl.constexpr):
 
 @triton.jit
 def kept_of(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM: tl.constexpr,
-          ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+            ACC: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     if RANDOM:
-        model = tl.zeros((), tl.int32) + k
-        kept = drawn(seed, key, model, start, tl.load(keep + k), BLOCK)
+        kept = drawn(seed, key, k, start, tl.load(keep + k), BLOCK)
     else:
         magnitude = tl.abs(d)
         low = tl.load(numbers + at_k).to(ACC)
@@ -48,7 +47,7 @@ def divided(a, b, ACC: tl.constexpr):
 
 @triton.jit
 def counted(d, kept, plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass, numbers, at_k,
-              stride, VOTE: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
+            stride, VOTE: tl.constexpr, ACC: tl.constexpr):  # fmt: skip
     """The sums with model k's share; numbers holds low, high, election, value, divisor, (K, L) each."""
     v = d * tl.load(numbers + 3 * stride + at_k).to(ACC)
     if VOTE == LINEAR:
@@ -73,9 +72,8 @@ def counted(d, kept, plus, minus, plus_divisor, minus_divisor, plus_mass, minus_
 
 @triton.jit
 def verdict_of(row, at, mask, b, K, numbers, column, length, keep, seed, key, start,
-             DTYPES: tl.constexpr, COUNT: tl.constexpr, HAS_BASE: tl.constexpr, VOTE: tl.constexpr,
-             DIVIDE: tl.constexpr, RANDOM: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr,
-             BLOCK: tl.constexpr):  # fmt: skip
+               DTYPE: tl.constexpr, HAS_BASE: tl.constexpr, VOTE: tl.constexpr, DIVIDE: tl.constexpr,
+               RANDOM: tl.constexpr, ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """(sum, divisor) of those that agree, whether the elected sign is -, whether the divisor was replaced."""
     plus = tl.zeros((BLOCK,), ACC)
     minus = tl.zeros((BLOCK,), ACC)
@@ -84,24 +82,14 @@ def verdict_of(row, at, mask, b, K, numbers, column, length, keep, seed, key, st
     plus_mass = tl.zeros((BLOCK,), ACC)
     minus_mass = tl.zeros((BLOCK,), ACC)
     stride = K * length
-    if COUNT > 0:
-        for k in tl.static_range(COUNT):
-            d = _stream(row, k, at, mask, b, DTYPES[k], HAS_BASE, ACC, ALIGNED)
-            at_k = k * length + column
-            kept = kept_of(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM, ACC, BLOCK)
-            plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass = counted(
-                d, kept, plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass, numbers, at_k,
-                stride, VOTE, ACC,
-            )  # fmt: skip
-    else:
-        for k in range(K):
-            d = _stream(row, k, at, mask, b, DTYPES[0], HAS_BASE, ACC, ALIGNED)
-            at_k = k * length + column
-            kept = kept_of(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM, ACC, BLOCK)
-            plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass = counted(
-                d, kept, plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass, numbers, at_k,
-                stride, VOTE, ACC,
-            )  # fmt: skip
+    for k in range(K):
+        d = _stream(row, k, at, mask, b, DTYPE, HAS_BASE, ACC, ALIGNED)
+        at_k = k * length + column
+        kept = kept_of(d, at_k, k, numbers, keep, seed, key, start, stride, RANDOM, ACC, BLOCK)
+        plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass = counted(
+            d, kept, plus, minus, plus_divisor, minus_divisor, plus_mass, minus_mass, numbers, at_k,
+            stride, VOTE, ACC,
+        )  # fmt: skip
     negative = plus_mass < minus_mass
     total = tl.where(negative, minus, plus)
     divisor = tl.where(negative, minus_divisor, plus_divisor)

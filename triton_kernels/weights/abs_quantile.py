@@ -103,7 +103,7 @@ def _rows(tensors, base, models, groups):
     """Rows of the table by what their kernels are specialised for."""
     length = len(tensors) // models
     found: dict = {}
-    wide_places = set()
+    wide_places: set[int] = set()
     for item in range(length):
         column, b = tensors[item::length], base[item] if base else None
         dtypes = [t.dtype for t in (*column, *([] if b is None else [b]))]
@@ -141,16 +141,16 @@ def abs_quantile(tensors, base, models, ranks, whole):
             members = [row for row in members if (row[3] in wide_places) == key64]
             if not members:
                 continue
-            table = build(members, [triton.cdiv(row[2], config["CHUNK"]) for row in members], like)
+            chunks = [triton.cdiv(row[2], config["CHUNK"]) for row in members]
             flags = {
                 "W": LANGUAGE_DTYPE[dtype], "BASE": LANGUAGE_DTYPE[base_dtype or dtype],
                 "HAS_BASE": base_dtype is not None, "WIDE": wide, "KEY64": key64, "ALIGNED": even,
             }  # fmt: skip
-            launches.append((table, flags))
+            launches.append((*build(members, chunks, like), flags))
         ids, _ = build([here], [0], like)
         with on_device_of(like):
             for shift in range((62 if key64 else 30) // DIGIT * DIGIT, -1, -DIGIT):
-                for (table, programs), flags in launches:
+                for table, programs, flags in launches:
                     abs_quantile_count_kernel[(len(programs),)](
                         table, programs, prefixes, bins, shift, **flags, **config
                     )

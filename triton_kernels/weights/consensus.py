@@ -13,6 +13,7 @@ H200 at 4.3 TB/s: 8 x 100M float32 around a base 0.93 ms is the floor (of the me
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Iterator
 
@@ -31,11 +32,10 @@ from .lincomb import _accumulator, _columns, _rounded, _stream, lincomb_sum_kern
 @triton.jit
 def consensus_forward_kernel(
     rows, programs, numbers, keep, seeds, K, length,
-    DTYPES: tl.constexpr, COUNT: tl.constexpr, BASE: tl.constexpr, OUT: tl.constexpr,
+    DTYPE: tl.constexpr, BASE: tl.constexpr, OUT: tl.constexpr,
     HAS_BASE: tl.constexpr, VOTE: tl.constexpr, DIVIDE: tl.constexpr, RANDOM: tl.constexpr,
     ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """COUNT streams of DTYPES unrolled, or (COUNT = 0) K streams of DTYPES[0] in a loop."""
     item, chunk = program_of(programs)
     row = rows + item * (K + 6)
     n = size(row + K + 2, ALIGNED)
@@ -52,8 +52,8 @@ def consensus_forward_kernel(
         if HAS_BASE:
             b = tl.load(pointer(row + K, BASE, ALIGNED) + at, mask=mask, other=0.0).to(ACC)
         total, divisor, negative, replaced = verdict_of(
-            row, at, mask, b, K, numbers, column, length, keep, seed, key, start, DTYPES, COUNT, HAS_BASE,
-            VOTE, DIVIDE, RANDOM, ACC, ALIGNED, BLOCK,
+            row, at, mask, b, K, numbers, column, length, keep, seed, key, start, DTYPE, HAS_BASE, VOTE,
+            DIVIDE, RANDOM, ACC, ALIGNED, BLOCK,
         )  # fmt: skip
         merged = total * scale
         if DIVIDE:
@@ -85,7 +85,7 @@ def _spread(row, k, entry, at, mask, b, h, mean, negative, numbers, at_k, stride
 @triton.jit
 def consensus_backward_kernel(
     rows, programs, numbers, keep, seeds, partial, K, length,
-    DTYPES: tl.constexpr, COUNT: tl.constexpr, BASE: tl.constexpr, GRAD: tl.constexpr,
+    DTYPE: tl.constexpr, BASE: tl.constexpr, GRAD: tl.constexpr,
     HAS_BASE: tl.constexpr, VOTE: tl.constexpr, DIVIDE: tl.constexpr, RANDOM: tl.constexpr,
     ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
@@ -113,28 +113,19 @@ def consensus_backward_kernel(
         negative = mean < 0
         if VOTE != LINEAR:
             total, divisor, negative, replaced = verdict_of(
-                row, at, mask, b, K, numbers, column, length, keep, seed, key, start, DTYPES, COUNT,
+                row, at, mask, b, K, numbers, column, length, keep, seed, key, start, DTYPE,
                 HAS_BASE, VOTE, DIVIDE, RANDOM, ACC, ALIGNED, BLOCK,
             )  # fmt: skip
             h = h / divisor
             mean = tl.where(replaced, 0.0, total / divisor)
         rest = g
-        if COUNT > 0:
-            for k in tl.static_range(COUNT):
-                dw, values, divisors = _spread(
-                    row, k, K + 2 + k, at, mask, b, h, mean, negative, numbers, k * length + column,
-                    stride, keep, seed, key, start, DTYPES[k], HAS_BASE, VOTE, RANDOM, ACC, ALIGNED, BLOCK,
-                )  # fmt: skip
-                rest -= dw
-                dots += tl.where(lane == k, values, 0.0) + tl.where(lane == K + k, divisors, 0.0)
-        else:
-            for k in range(K):
-                dw, values, divisors = _spread(
-                    row, k, K + 2 + k, at, mask, b, h, mean, negative, numbers, k * length + column,
-                    stride, keep, seed, key, start, DTYPES[0], HAS_BASE, VOTE, RANDOM, ACC, ALIGNED, BLOCK,
-                )  # fmt: skip
-                rest -= dw
-                dots += tl.where(lane == k, values, 0.0) + tl.where(lane == K + k, divisors, 0.0)
+        for k in range(K):
+            dw, values, divisors = _spread(
+                row, k, K + 2 + k, at, mask, b, h, mean, negative, numbers, k * length + column, stride,
+                keep, seed, key, start, DTYPE, HAS_BASE, VOTE, RANDOM, ACC, ALIGNED, BLOCK,
+            )  # fmt: skip
+            rest -= dw
+            dots += tl.where(lane == k, values, 0.0) + tl.where(lane == K + k, divisors, 0.0)
         if HAS_BASE:
             if tl.load(row + 2 * K + 2) != 0:
                 target = pointer(row + 2 * K + 2, BASE, ALIGNED) + at
@@ -143,19 +134,11 @@ def consensus_backward_kernel(
     tl.store(partial + slot * 2 * K + lane, dots, mask=lane < 2 * K)
 
 
-@triton.jit
-def _norms_of(d, k, K, lane, keep, seed, key, start, BLOCK: tl.constexpr):
-    size = tl.abs(d).to(tl.float64)
-    kept = drawn(seed, key, tl.zeros((), tl.int32) + k, start, tl.load(keep + k), BLOCK)
-    left = tl.sum(tl.where(kept, size, 0.0))
-    return tl.where(lane == k, tl.sum(size), 0.0) + tl.where(lane == K + k, left, 0.0)
-
-
 # A row: the K streams, the base (or 0), the number of elements, the column, the key, the first partial.
 @triton.jit
 def consensus_norms_kernel(
     rows, programs, keep, seeds, partial, K,
-    DTYPES: tl.constexpr, COUNT: tl.constexpr, BASE: tl.constexpr, HAS_BASE: tl.constexpr,
+    DTYPE: tl.constexpr, BASE: tl.constexpr, HAS_BASE: tl.constexpr,
     ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr, KP: tl.constexpr,
 ):  # fmt: skip
     """K sums of |d| and K of what is kept, of a chunk, into partial[first + chunk]."""
@@ -173,14 +156,12 @@ def consensus_norms_kernel(
         b = tl.zeros((BLOCK,), ACC)
         if HAS_BASE:
             b = tl.load(pointer(row + K, BASE, ALIGNED) + at, mask=mask, other=0.0).to(ACC)
-        if COUNT > 0:
-            for k in tl.static_range(COUNT):
-                d = _stream(row, k, at, mask, b, DTYPES[k], HAS_BASE, ACC, ALIGNED)
-                sums += _norms_of(d, k, K, lane, keep, seed, key, start, BLOCK)
-        else:
-            for k in range(K):
-                d = _stream(row, k, at, mask, b, DTYPES[0], HAS_BASE, ACC, ALIGNED)
-                sums += _norms_of(d, k, K, lane, keep, seed, key, start, BLOCK)
+        for k in range(K):
+            magnitude = tl.abs(_stream(row, k, at, mask, b, DTYPE, HAS_BASE, ACC, ALIGNED))
+            magnitude = magnitude.to(tl.float64)
+            kept = drawn(seed, key, k, start, tl.load(keep + k), BLOCK)
+            left = tl.sum(tl.where(kept, magnitude, 0.0))
+            sums += tl.where(lane == k, tl.sum(magnitude), 0.0) + tl.where(lane == K + k, left, 0.0)
     slot = tl.load(row + K + 4) + chunk
     tl.store(partial + slot * 2 * K + lane, sums, mask=lane < 2 * K)
 
@@ -217,27 +198,35 @@ def _bits(value: float) -> int:
     return struct.unpack("q", struct.pack("d", value))[0]
 
 
-def _kind(column, b):
-    return tuple(t.dtype for t in column), None if b is None else b.dtype
-
-
-def _flags(dtypes, base_dtype, even, config):
-    """What every kernel is specialised for. Streams of one dtype run in a loop, others unrolled, fewer
-    elements a thread. (Eight full streams spilled: their loads are all issued at once.)
+def _alike(columns):
+    """Columns of one dtype each: the kernels' loops over the models read one. Others are copied to the dtype
+    that holds them all.
     """
-    streams = (
-        (LANGUAGE_DTYPE[dtypes[0]],)
-        if len(set(dtypes)) == 1
-        else tuple(LANGUAGE_DTYPE[d] for d in dtypes)
-    )
-    flags = {
-        "DTYPES": streams, "COUNT": len(streams) if len(streams) > 1 else 0,
-        "BASE": LANGUAGE_DTYPE[base_dtype or dtypes[0]], "HAS_BASE": base_dtype is not None,
-        "ACC": _accumulator((*dtypes, base_dtype)), "ALIGNED": even, **config,
+    out = []
+    for column in columns:
+        dtype = column[0].dtype
+        for t in column:
+            dtype = torch.promote_types(dtype, t.dtype)
+        out.append([t.to(dtype) for t in column])
+    return out
+
+
+def _kind(column, b):
+    return column[0].dtype, None if b is None else b.dtype
+
+
+def _flags(dtype, base_dtype, even, config):
+    """What every kernel is specialised for."""
+    return {
+        "DTYPE": LANGUAGE_DTYPE[dtype], "BASE": LANGUAGE_DTYPE[base_dtype or dtype],
+        "HAS_BASE": base_dtype is not None, "ACC": _accumulator((dtype, base_dtype)), "ALIGNED": even,
+        **config,
     }  # fmt: skip
-    if len(streams) > 1:
-        flags |= {"BLOCK": max(512, config["BLOCK"] // 2), "num_warps": 8}
-    return flags
+
+
+def _width(dtype, base_dtype):
+    """What the numbers are handed over in: float32 takes half the registers."""
+    return torch.float64 if torch.float64 in (dtype, base_dtype) else torch.float32
 
 
 def consensus(
@@ -245,10 +234,11 @@ def consensus(
 ):
     K, length = weights.shape
     columns, bases = _columns(tensors, base, tensors[:length])
-    like = columns[0][0]
+    columns, like = _alike(columns), columns[0][0]
     numbers = _numbers(weights, factors, low, high, before, divide)
     bounds, seeds, keys = _random(seed, keys, keep, like, length)
-    config, out, groups = _config(like), [], {}
+    config, out = _config(like), []
+    groups: dict = {}
     for item, (column, b) in enumerate(zip(columns, bases)):
         dtype = column[0].dtype
         for t in (*column, *([] if b is None else [b])):
@@ -262,13 +252,14 @@ def consensus(
         even = aligned(row)
         row += [item, keys[item], _bits(scale)]
         groups.setdefault((*_kind(column, b), dtype, even), []).append(row)
-    for (dtypes, base_dtype, out_dtype, even), rows in groups.items():
+    for (dtype, base_dtype, out_dtype, even), rows in groups.items():
         table, programs = build(rows, [triton.cdiv(r[K + 2], config["CHUNK"]) for r in rows], like)
         with on_device_of(like):
             consensus_forward_kernel[(len(programs),)](
-                table, programs, numbers, bounds, seeds, K, length, OUT=LANGUAGE_DTYPE[out_dtype],
+                table, programs, numbers.to(_width(dtype, base_dtype)), bounds, seeds, K, length,
+                OUT=LANGUAGE_DTYPE[out_dtype],
                 VOTE=vote, DIVIDE=divide != 0, RANDOM=seed is not None, enable_fp_fusion=False,
-                **_flags(dtypes, base_dtype, even, config),
+                **_flags(dtype, base_dtype, even, config),
             )  # fmt: skip
     return out
 
@@ -292,14 +283,19 @@ def consensus_backward(
     K, length = weights.shape
     grads = [g.contiguous() for g in grads]
     columns, bases = _columns(tensors, base, grads)
-    every, like = (*tensors, *base), grads[0]
+    columns, like = _alike(columns), grads[0]
     found = [
-        grads[i % length].new_empty(grads[i % length].shape, dtype=every[i].dtype) if need else None
-        for i, need in enumerate(need_tensors)
+        g.new_empty(g.shape, dtype=base[i].dtype if k == K else columns[i][0].dtype)
+        if need
+        else None
+        for need, (k, (i, g)) in zip(
+            need_tensors, itertools.product(range(K + 1), enumerate(grads))
+        )
     ]
     numbers = _numbers(weights, factors, low, high, before, divide)
     bounds, seeds, keys = _random(seed, keys, keep, like, length)
-    config, first, groups = _config(like), [0], {}
+    config, first = _config(like), [0]
+    groups: dict = {}
     for item, (column, b, g) in enumerate(zip(columns, bases, grads)):
         first.append(first[-1] + triton.cdiv(g.numel(), config["CHUNK"]))
         if g.numel() == 0:
@@ -312,32 +308,35 @@ def consensus_backward(
         row += [item, keys[item], _bits(scale), first[-2]]
         groups.setdefault((*_kind(column, b), g.dtype, even), []).append(row)
     partial = numbers.new_empty((first[-1], 2 * K))
-    for (dtypes, base_dtype, grad_dtype, even), rows in groups.items():
+    for (dtype, base_dtype, grad_dtype, even), rows in groups.items():
         chunks = [triton.cdiv(r[2 * K + 3], config["CHUNK"]) for r in rows]
         table, programs = build(rows, chunks, like)
         with on_device_of(like):
             consensus_backward_kernel[(len(programs),)](
-                table, programs, numbers, bounds, seeds, partial, K, length,
+                table, programs, numbers.to(_width(dtype, base_dtype)), bounds, seeds, partial, K, length,
                 GRAD=LANGUAGE_DTYPE[grad_dtype], VOTE=vote, DIVIDE=divide != 0, RANDOM=seed is not None,
                 KP=triton.next_power_of_2(2 * K), enable_fp_fusion=False,
-                **_flags(dtypes, base_dtype, even, config),
+                **_flags(dtype, base_dtype, even, config),
             )  # fmt: skip
+    every = (*tensors, *base)
+    gradients = [t.to(like.dtype) for t, like in zip(found, every) if t is not None]
     if not need_weights:
-        return numbers.new_empty(0), [t for t in found if t is not None]
+        return numbers.new_empty(0), gradients
     values, divisors = _in_order(partial, first, K, length, like)
     dweights = values if factors is None else values * factors.double()
     if divide == 1:
         dweights = dweights + divisors
-    return dweights.contiguous(), [t for t in found if t is not None]
+    return dweights.contiguous(), gradients
 
 
 def consensus_norms(tensors, base, seed, keys, keep):
     K = len(keep)
     length = len(tensors) // K
     columns, bases = _columns(tensors, base, tensors[:length])
-    like = columns[0][0]
+    columns, like = _alike(columns), columns[0][0]
     bounds, seeds, keys = _random(seed, keys, keep, like, length)
-    config, first, groups = _config(like), [0], {}
+    config, first = _config(like), [0]
+    groups: dict = {}
     for item, (column, b) in enumerate(zip(columns, bases)):
         n = column[0].numel()
         first.append(first[-1] + triton.cdiv(n, config["CHUNK"]))
@@ -348,12 +347,12 @@ def consensus_norms(tensors, base, seed, keys, keep):
         row += [item, keys[item], first[-2]]
         groups.setdefault((*_kind(column, b), even), []).append(row)
     partial = like.new_empty((first[-1], 2 * K), dtype=torch.float64)
-    for (dtypes, base_dtype, even), rows in groups.items():
+    for (dtype, base_dtype, even), rows in groups.items():
         table, programs = build(rows, [triton.cdiv(r[K + 1], config["CHUNK"]) for r in rows], like)
         with on_device_of(like):
             consensus_norms_kernel[(len(programs),)](
                 table, programs, bounds, seeds, partial, K, KP=triton.next_power_of_2(2 * K),
-                **_flags(dtypes, base_dtype, even, config),
+                **_flags(dtype, base_dtype, even, config),
             )  # fmt: skip
     return _in_order(partial, first, K, length, like)
 
@@ -362,48 +361,42 @@ def consensus_norms(tensors, base, seed, keys, keep):
 
 
 def aot() -> Iterator:
-    """The variants held to tests/budgets.json: the loop and eight mixed streams, a vote or random words."""
+    """The variants held to tests/budgets.json: thresholds or random words, with and without a vote."""
     from .._aot import AotCase
 
     pointers = {"rows": "*i64", "programs": "*i64"}
     rest = {"keep": "*i64", "seeds": "*i64"}
-    mixed = (tl.bfloat16, tl.float32) * 4
-    for name, dtypes, vote, random in (
-        ("ties_float32", (tl.float32,), 1, False),
-        ("ties_bfloat16", (tl.bfloat16,), 1, False),
-        ("ties_mixed", mixed, 1, False),
-        ("dare_float32", (tl.float32,), 0, True),
-        ("dare_ties_bfloat16", (tl.bfloat16,), 1, True),
+    for name, dtype, vote, random in (
+        ("ties_float32", tl.float32, 1, False),
+        ("ties_bfloat16", tl.bfloat16, 1, False),
+        ("dare_float32", tl.float32, 0, True),
+        ("dare_ties_bfloat16", tl.bfloat16, 1, True),
     ):
-        count = len(dtypes) if len(dtypes) > 1 else 0
         flags = {
-            "DTYPES": dtypes, "COUNT": count, "BASE": dtypes[0], "HAS_BASE": True, "VOTE": vote,
-            "DIVIDE": vote > 0, "RANDOM": random, "ACC": tl.float32, "ALIGNED": True,
-            "BLOCK": 512 if count else 1024, "CHUNK": 8192,
+            "DTYPE": dtype, "BASE": dtype, "HAS_BASE": True, "VOTE": vote, "DIVIDE": vote > 0,
+            "RANDOM": random, "ACC": tl.float32, "ALIGNED": True, "BLOCK": 1024, "CHUNK": 8192,
         }  # fmt: skip
-        signature = {**pointers, "numbers": "*fp64", **rest, "K": "i32", "length": "i32"}
+        signature = {**pointers, "numbers": "*fp32", **rest, "K": "i32", "length": "i32"}
         yield AotCase(
             name=f"consensus_forward_{name}",
             fn=consensus_forward_kernel,
             signature=signature,
-            constexprs={**flags, "OUT": tl.float32},
+            constexprs={**flags, "OUT": dtype},
             divisible_by_16=("rows", "programs", "numbers"),
-            num_warps=8 if count else 4,
         )
         yield AotCase(
             name=f"consensus_backward_{name}",
             fn=consensus_backward_kernel,
             signature={**signature, "partial": "*fp64"},
-            constexprs={**flags, "GRAD": tl.float32, "KP": 16},
+            constexprs={**flags, "GRAD": dtype, "KP": 16},
             divisible_by_16=("rows", "programs", "numbers", "partial"),
-            num_warps=8 if count else 4,
         )
     yield AotCase(
         name="consensus_norms",
         fn=consensus_norms_kernel,
         signature={**pointers, **rest, "partial": "*fp64", "K": "i32"},
         constexprs={
-            "DTYPES": (tl.float32,), "COUNT": 0, "BASE": tl.float32, "HAS_BASE": True,
+            "DTYPE": tl.float32, "BASE": tl.float32, "HAS_BASE": True,
             "ACC": tl.float32, "ALIGNED": True, "BLOCK": 1024, "CHUNK": 8192, "KP": 16,
         },
         divisible_by_16=("rows", "programs", "partial"),

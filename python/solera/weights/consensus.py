@@ -128,11 +128,11 @@ def _consensus(tensors, base, weights, *rest):
     return [t.contiguous() for t in consensus_reference(tensors, base, weights, *rest)]
 
 
-def consensus_vjp(grads, tensors, base, weights, *rest):
+def consensus_vjp(grads, tensors, base, weights, *args):
     """(dweights (K, L) or empty, gradients of the tensors asked for) by autograd of the reference, itself
     differentiable where gradients are on.
     """
-    *rest, need_weights, need_tensors = rest
+    *rest, need_weights, need_tensors = args
     again = torch.is_grad_enabled()
     with torch.enable_grad():
 

@@ -239,7 +239,7 @@ def dare(
     shares = _shares("density", density, lists.models)
     scale = _check.number("scale", scale)
     w = _weights(weights, lists)
-    drawn = {
+    drawn: dict[str, Any] = {
         "seed": _seed(seed, lists.base[0]),
         "keys": lists.tensor_keys(),
         "keep": [keep_below(share) for share in shares],
@@ -373,7 +373,7 @@ def della(
             )
     flat = [d for model in deltas for d in model]
     merged = consensus_lists(flat, [], w, scale=scale, **how)
-    out = [b + m for (_, b), m in zip(every, merged)]
+    out = [m if b is None else b + m for (_, b), m in zip(every, merged)]
     return lists.result([t.to(_promoted(lists, i)) for i, t in enumerate(out)])
 
 
