@@ -87,7 +87,7 @@ def _mergekit(
     merge = mergekit_merge()
     if merge is None:
         return None
-    parameters = {"weight": [0.0, *w], "density": DENSITY, "normalize": normalize, "lambda": 1.0}
+    parameters = {"weight": list(w), "density": DENSITY, "normalize": normalize, "lambda": 1.0}
 
     def run() -> list[Tensor]:
         with torch.no_grad():

@@ -17,7 +17,8 @@ def drawn(seed, key, k, start, bound, BLOCK: tl.constexpr):
     """Whether the random words of BLOCK elements from `start` keep them."""
     chunk = start // 512 + tl.arange(0, BLOCK // 512)[:, None]
     lane = tl.arange(0, 128)[None, :]
-    r0, r1, r2, r3 = mask_words(seed, chunk.to(tl.int64), lane, key, k)
+    stream = tl.zeros((), tl.int32) + k
+    r0, r1, r2, r3 = mask_words(seed, chunk.to(tl.int64), lane, key, stream)
     words = tl.join(tl.join(r0, r2), tl.join(r1, r3))  # [R, 128, 2, 2]: slot 2 i + j at [..., i, j]
     words = tl.reshape(tl.permute(words, (0, 2, 3, 1)), (BLOCK,))
     return (words <= (bound - 1).to(tl.uint32)) & (bound > 0)

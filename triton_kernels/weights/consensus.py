@@ -13,7 +13,6 @@ H200 at 4.3 TB/s: 8 x 100M float32 around a base 0.93 ms is the floor (of the me
 
 from __future__ import annotations
 
-import itertools
 import struct
 from collections.abc import Iterator
 
@@ -284,13 +283,10 @@ def consensus_backward(
     grads = [g.contiguous() for g in grads]
     columns, bases = _columns(tensors, base, grads)
     columns, like = _alike(columns), grads[0]
+    dtypes = [column[0].dtype for column in columns] * K + [t.dtype for t in base]
     found = [
-        g.new_empty(g.shape, dtype=base[i].dtype if k == K else columns[i][0].dtype)
-        if need
-        else None
-        for need, (k, (i, g)) in zip(
-            need_tensors, itertools.product(range(K + 1), enumerate(grads))
-        )
+        grads[i % length].new_empty(grads[i % length].shape, dtype=dtypes[i]) if need else None
+        for i, need in enumerate(need_tensors)
     ]
     numbers = _numbers(weights, factors, low, high, before, divide)
     bounds, seeds, keys = _random(seed, keys, keep, like, length)
@@ -318,8 +314,7 @@ def consensus_backward(
                 KP=triton.next_power_of_2(2 * K), enable_fp_fusion=False,
                 **_flags(dtype, base_dtype, even, config),
             )  # fmt: skip
-    every = (*tensors, *base)
-    gradients = [t.to(like.dtype) for t, like in zip(found, every) if t is not None]
+    gradients = [t.to(w.dtype) for t, w in zip(found, (*tensors, *base)) if t is not None]
     if not need_weights:
         return numbers.new_empty(0), gradients
     values, divisors = _in_order(partial, first, K, length, like)
