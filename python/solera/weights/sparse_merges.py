@@ -247,8 +247,11 @@ def dare(
     factors = None
     if rescale == "probability":
         inverse = [1 / share if share > 0 else 1.0 for share in shares]
-        factors = torch.tensor(inverse, dtype=torch.float64, device=w.device)
-        factors = factors[:, None].expand(w.shape)
+        filled: dict[str, Any] = {
+            "dtype": torch.float64,
+            "device": w.device,
+        }  # no copy from the host, so no wait for it
+        factors = torch.stack([torch.full(w.shape[1:], value, **filled) for value in inverse])
     elif rescale == "l1":
         factors = _norm_ratios(lists, drawn)
     return lists.result(
