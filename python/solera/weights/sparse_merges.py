@@ -166,8 +166,8 @@ def ties(
         scope: "tensor" ranks within each tensor, "model" all entries of a model together.
         scale: factor of the merged task vector.
 
-    mergekit's `ties`: the defaults; peft's: weigh="after", divide="count"; the paper: weights of one,
-    scope="model", divide="count".
+    mergekit's `ties`: the defaults (but it keeps at least one entry); peft's: weigh="after", divide="count"; the
+    paper: weights of one, scope="model", divide="count".
 
     Shapes: K of any shape S -> S; lists and state dicts -> the like. float32, float64, bfloat16, float16;
     computed in float32, float64 where a tensor is. State dicts: integer entries must be equal in all.
