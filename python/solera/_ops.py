@@ -1178,4 +1178,56 @@ op(
 )
 
 
+# ---- weights.consensus -------------------------------------------------------------------------------
+
+
+# tensors: K models of L tensors each, model by model; base: L or none. ranks (K, G) from the largest, 0 for none
+# (inf); thresholds (K, G) float64, G = 1 if whole, else L.
+@op(
+    "weights.abs_quantile",
+    "abs_quantile(Tensor[] tensors, Tensor[] base, int models, int[] ranks, bool whole) -> Tensor",
+)
+def _(tensors, base, models, ranks, whole):
+    return tensors[0].new_empty((models, len(ranks) // models), dtype=torch.float64)
+
+
+# weights, factors, low, high (K, L); seed one int64 with keys (L) and keep (K), bounds of 32-bit words. vote and
+# divide index VOTES and DIVISORS of solera.weights.consensus. dweights (K, L), norms (2, K, L), both float64.
+@op(
+    "weights.consensus",
+    "consensus(Tensor[] tensors, Tensor[] base, Tensor weights, Tensor? factors, Tensor? low, Tensor? high,"
+    " Tensor? seed, int[] keys, int[] keep, int vote, bool before, int divide, float scale) -> Tensor[]",
+)
+def _(tensors, base, weights, *rest):
+    out = []
+    for item in range(len(tensors) // weights.shape[0]):
+        dtype = tensors[item].dtype
+        for t in (*tensors[item :: len(tensors) // weights.shape[0]], *base[item : item + 1]):
+            dtype = torch.promote_types(dtype, t.dtype)
+        out.append(tensors[item].new_empty(tensors[item].shape, dtype=dtype))
+    return out
+
+
+@op(
+    "weights.consensus",
+    "consensus_backward(Tensor[] grads, Tensor[] tensors, Tensor[] base, Tensor weights, Tensor? factors,"
+    " Tensor? low, Tensor? high, Tensor? seed, int[] keys, int[] keep, int vote, bool before, int divide,"
+    " float scale, bool need_weights, bool[] need_tensors) -> (Tensor dweights, Tensor[] dtensors)",
+)
+def _(grads, tensors, base, weights, *rest):
+    need_weights, need_tensors = rest[-2:]
+    shape = weights.shape if need_weights else (0,)
+    wanted = [t for t, need in zip((*tensors, *base), need_tensors) if need]
+    return weights.new_empty(shape, dtype=torch.float64), [t.new_empty(t.shape) for t in wanted]
+
+
+@op(
+    "weights.consensus",
+    "consensus_norms(Tensor[] tensors, Tensor[] base, Tensor seed, int[] keys, int[] keep) -> Tensor",
+)
+def _(tensors, base, seed, keys, keep):
+    shape = (2, len(keep), len(tensors) // len(keep))
+    return tensors[0].new_empty(shape, dtype=torch.float64)
+
+
 _registry.attach_kernels()

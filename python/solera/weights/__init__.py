@@ -26,6 +26,7 @@ from .embeddings import (
 from .federated import principal_aggregate, softmax_margin_ce
 from .geometry import karcher_mean, model_stock, multi_slerp, slerp
 from .gram import gram
+from .importance import importance_mask, importance_merge, masked_lerp_, prune_rewind
 from .indexed_ema import class_ema_, indexed_ema_
 from .learned import Soup
 from .lincomb import lincomb
@@ -51,6 +52,7 @@ from .sparse_delta import (
     sparse_nuclear_norm,
     sparse_select,
 )
+from .sparse_merges import breadcrumbs, dare, della, ties
 from .sparse_training import erk_density, masked_update_, prune_grow_
 from .sweep import interpolate
 
@@ -62,10 +64,13 @@ __all__ = [
     "anchor_decay_",
     "anchor_penalty",
     "average_parameters_",
+    "breadcrumbs",
     "cfg_kd_loss",
     "class_ema_",
     "conv_lora_weight",
     "coteaching_select",
+    "dare",
+    "della",
     "elr_loss",
     "ema_",
     "ema_over_group_",
@@ -74,6 +79,8 @@ __all__ = [
     "gradient_dropout",
     "gram",
     "greedy_soup",
+    "importance_mask",
+    "importance_merge",
     "indexed_ema_",
     "interpolate",
     "isogclr_loss",
@@ -81,6 +88,7 @@ __all__ = [
     "kl_to_bank",
     "lincomb",
     "lookahead_",
+    "masked_lerp_",
     "masked_linear",
     "masked_mean_pool",
     "masked_update_",
@@ -103,6 +111,7 @@ __all__ = [
     "prefix_mask",
     "principal_aggregate",
     "prune_grow_",
+    "prune_rewind",
     "rationale_loss",
     "row_lincomb",
     "running_mean_",
@@ -118,6 +127,7 @@ __all__ = [
     "sparse_nuclear_norm",
     "sparse_select",
     "task_arithmetic",
+    "ties",
     "weight_compand",
     "weighted_sum",
     "windowed_ema",
