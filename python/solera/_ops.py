@@ -1079,7 +1079,10 @@ op(
 # One dtype for all tensors of a call; seed one int64 number; a, b of weight_compand one number in the
 # accumulator's dtype, its kind 0 for arctan, 1 for tanh; dab (2,) float64.
 
-op("weights.reparam", "mixout(Tensor weight, Tensor? anchor, Tensor seed, float p, int key, bool column) -> Tensor")
+op(
+    "weights.reparam",
+    "mixout(Tensor weight, Tensor? anchor, Tensor seed, float p, int key, bool column) -> Tensor",
+)
 op(
     "weights.reparam",
     "mixout_backward(Tensor grad, Tensor seed, float p, int key, bool column, bool need_weight,"
