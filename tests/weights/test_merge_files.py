@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,11 +19,10 @@ from solera.weights._ring import compiled
 from solera.weights._safetensors import read_header, write_file
 from solera.weights.methods import Copy, Dare, FromBase, Linear, Slerp, TaskArithmetic, Ties
 
-RINGS = ["compiled", "python"]
 MiB = 1 << 20
 
 
-@pytest.fixture(params=RINGS)
+@pytest.fixture(params=["compiled", "python"])
 def ring(request, monkeypatch):
     """Both forms of the ring; the compiled one only where it is built."""
     if request.param == "python":
@@ -159,7 +157,6 @@ def test_sharded_folders_keep_their_files_and_what_lies_beside(tmp_path, ring):
     assert (out / "config.json").read_text() == '{"layers": 2}'
     assert (out / "1_Pooling/config.json").exists()
     assert len(list(out.glob("*.safetensors"))) == 3
-    # And the same from one file a model, into one file.
     merge_files(saved(tmp_path, states), tmp_path / "one.safetensors", Linear())
     assert_same(load(tmp_path / "one.safetensors"), load(out))
 
@@ -314,7 +311,6 @@ def test_the_budget_decides_the_tiles_or_names_what_is_too_large(tmp_path):
     out = tmp_path / "out.safetensors"
     plan = merge_files(paths, out, Linear(), max_memory="64MiB", dry_run=True)
     assert plan.memory <= 64 * MiB and sum(1 for _ in plan.tiles_of(plan.items[0])) > 4
-    assert merge_files(paths, out, Linear(), max_memory=10**9, dry_run=True).memory < 10**9
     with pytest.raises(ValueError, match=r"max_memory: 'w'.*in one piece"):
         merge_files(paths[:2], out, Slerp(), max_memory="64MiB", dry_run=True)
     rows = merge_files(paths[:2], out, Slerp(dim=0), max_memory="64MiB", dry_run=True)
@@ -384,7 +380,7 @@ def test_a_killed_run_leaves_no_result_and_can_be_run_again(tmp_path, ring):
     states = [{f"w{i}": torch.randn(300_000) for i in range(12)} for _ in range(2)]
     folders = [sharded(tmp_path / str(i), s) for i, s in enumerate(states)]
     out = tmp_path / "out"
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), *map(str, folders), str(out)]
+    command = [sys.executable, "-c", KILLED, *map(str, folders), str(out)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline().strip() == "half"
     with pytest.raises(RuntimeError, match="another process is writing"):
