@@ -1001,4 +1001,23 @@ def _(dy, x, coefficients, scale, reverse, need_x, need_coefficients, need_scale
     )
 
 
+# ---- weights.low_rank_update -------------------------------------------------------------------------
+
+# w (O, I), a (r, I), b (O, r), keys (r, I); of b and keys one may be missing (an empty list).
+
+
+@op(
+    "weights.low_rank_update",
+    "low_rank_update(Tensor w, Tensor a, Tensor? b, Tensor? keys) -> Tensor",
+)
+def _(w, a, b, keys):
+    return w.new_empty(w.shape)
+
+
+op(
+    "weights.low_rank_update",
+    "low_rank_update_(Tensor(a!)[] w, Tensor[] a, Tensor[] b, Tensor[] keys) -> ()",
+)
+
+
 _registry.attach_kernels()
