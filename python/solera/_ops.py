@@ -978,6 +978,7 @@ op(
 # x, dy (N, d); coefficients (2, d - 1) cosines and sines or (4, d - 1) blocks, scale (d,), in the
 # accumulator's dtype; dcoefficients (1, d - 1) of the angles or (4, d - 1).
 
+
 @op(
     "weights.chain",
     "givens_chain(Tensor x, Tensor coefficients, Tensor? scale, bool reverse) -> Tensor",

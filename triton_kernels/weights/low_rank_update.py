@@ -58,7 +58,7 @@ def low_rank_update_kernel(
 
 def _config(rank: int) -> dict[str, int]:
     RANK = max(16, triton.next_power_of_2(rank))
-    return {"RANK": RANK, "BM": 32, "BN": 64 if RANK <= 64 else 32, "num_warps": 4}
+    return {"RANK": RANK, "BM": 32 if RANK <= 32 else 16, "BN": 32, "num_warps": 4}
 
 
 def _update(w, out, a, b, keys):

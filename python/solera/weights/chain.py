@@ -113,11 +113,12 @@ def _givens_chain(x, coefficients, scale, reverse):
     return givens_chain_reference(x, coefficients, scale, reverse).contiguous()
 
 
-def _vjp(dy, x, coefficients, scale, reverse, needs):
+def _vjp(dy, inputs, reverse, needs):
     """Gradients in plain torch, differentiable again; that of coefficients as the op gives it."""
+    x, coefficients, scale = inputs
     if coefficients.shape[0] == 4:
-        run = lambda x, c, s: givens_chain_reference(x, c, s, reverse)
-        return differentiable_vjp(run, (x, coefficients, scale), needs, (dy,))
+        blocks = lambda x, c, s: givens_chain_reference(x, c, s, reverse)
+        return differentiable_vjp(blocks, (x, coefficients, scale), needs, (dy,))
     # The rotations' own angles as the variable: zero, turned on from where they are.
     angle = torch.zeros_like(coefficients[0], requires_grad=True)
 
@@ -137,11 +138,9 @@ def _givens_chain_backward(
     need_scale = need_scale and scale is not None
     wanted = (need_x, need_coefficients, need_scale)
     with torch.enable_grad():
-        inputs = [
-            t if t is None else t.detach().requires_grad_(need)
-            for t, need in zip((x, coefficients, scale), wanted)
-        ]
-        found = _vjp(dy, *inputs, reverse, wanted)
+        leaf = lambda t, need: t if t is None else t.detach().requires_grad_(need)
+        inputs = map(leaf, (x, coefficients, scale), wanted)
+        found = _vjp(dy, tuple(inputs), reverse, wanted)
     dx, dc, ds = (t if t is None else t.detach() for t in found)
     acc = coefficients.dtype
     rows = 4 if coefficients.shape[0] == 4 else 1

@@ -113,7 +113,7 @@ def decomposed_fusion(w_old: Tensor, w_new: Tensor, bias: float) -> Tensor:
     and $P_o = SV^\top$. U is square. Equal weights stay as they are.
 
     A composition of torch operations: the decomposition takes nearly all of the time (at 512 x 512 the elementwise
-    part, which a kernel could fuse, is below 1%), and the basis is one of many where singular values coincide. No
+    part, which a kernel could fuse, is below 0.1%), and the basis is one of many where singular values coincide. No
     gradient.
 
     Args:
