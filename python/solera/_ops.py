@@ -1230,4 +1230,52 @@ def _(tensors, base, seed, keys, keep):
     return tensors[0].new_empty(shape, dtype=torch.float64)
 
 
+# ---- weights.chain -----------------------------------------------------------------------------------
+
+# x, dy (N, d); coefficients (2, d - 1) cosines and sines or (4, d - 1) blocks, scale (d,), in the
+# accumulator's dtype; dcoefficients (1, d - 1) of the angles or (4, d - 1).
+
+
+@op(
+    "weights.chain",
+    "givens_chain(Tensor x, Tensor coefficients, Tensor? scale, bool reverse) -> Tensor",
+)
+def _(x, coefficients, scale, reverse):
+    return x.new_empty(x.shape)
+
+
+@op(
+    "weights.chain",
+    "givens_chain_backward(Tensor dy, Tensor x, Tensor coefficients, Tensor? scale, bool reverse,"
+    " bool need_x, bool need_coefficients, bool need_scale)"
+    " -> (Tensor dx, Tensor dcoefficients, Tensor dscale)",
+)
+def _(dy, x, coefficients, scale, reverse, need_x, need_coefficients, need_scale):
+    rows = 4 if coefficients.shape[0] == 4 else 1
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        coefficients.new_empty((rows, x.shape[1] - 1) if need_coefficients else (0,)),
+        coefficients.new_empty((x.shape[1],) if need_scale and scale is not None else (0,)),
+    )
+
+
+# ---- weights.low_rank_update -------------------------------------------------------------------------
+
+# w (O, I), a (r, I), b (O, r), keys (r, I); of b and keys one may be missing (an empty list).
+
+
+@op(
+    "weights.low_rank_update",
+    "low_rank_update(Tensor w, Tensor a, Tensor? b, Tensor? keys) -> Tensor",
+)
+def _(w, a, b, keys):
+    return w.new_empty(w.shape)
+
+
+op(
+    "weights.low_rank_update",
+    "low_rank_update_(Tensor(a!)[] w, Tensor[] a, Tensor[] b, Tensor[] keys) -> ()",
+)
+
+
 _registry.attach_kernels()
