@@ -169,7 +169,7 @@ def specs(device: str) -> Iterator[Spec]:
     f32, bf16 = torch.float32, torch.bfloat16
     wanted = {"eager": 2, "foreach": 1.2}
     lines = (
-        ("200 x 100k", f32, False, False, {"foreach": 1.2}, True),
+        ("200 x 100k", f32, False, False, wanted, True),
         ("200 x 100k, swap", f32, True, True, wanted, True),
         ("200 x 100k, backup", f32, True, False, {}, False),
         ("200 x 100k, backup", bf16, True, False, {"foreach": 1.2}, False),
