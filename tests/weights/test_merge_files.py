@@ -341,7 +341,7 @@ def watch():
         peak = max(peak, anonymous())
         time.sleep(0.002)
 
-thread = threading.Thread(target=watch)
+thread = threading.Thread(target=watch, daemon=True)
 thread.start()
 merge_files(inputs, output, TaskArithmetic(0.5), base=base, max_memory=int(budget))
 done = True
