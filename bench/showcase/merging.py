@@ -175,8 +175,8 @@ def run(quick: bool, folder: Path) -> Outcome:
     rows.append([f"{RUNS} fine-tuned runs, mean", f"{sum(single) / RUNS:.2f}%", ""])
     rows.append([f"{RUNS} fine-tuned runs, best on test", f"{max(single):.2f}%", ""])
     row("uniform soup", soup(runs), plain_soup(runs), lambda: soup(runs), lambda: plain_soup(runs))
-    greedy = greedy_soup(runs, lambda s: digits.score(s, digits.x, digits.check))
-    row("greedy soup", greedy.model, None)
+    greedy, log = greedy_soup(runs, lambda s: digits.score(s, digits.x, digits.check))
+    row("greedy soup", greedy, None)
     pair = runs[2:4]
     rows.append(["two runs, mean", f"{(single[2] + single[3]) / 2:.2f}%", ""])
     row(
@@ -253,7 +253,7 @@ def run(quick: bool, folder: Path) -> Outcome:
         agrees=worst < 1e-5,
         problem="" if worst < 1e-5 else f"merged weights differ: {differ}",
         note=f"accuracy on {len(every)} digits; merged weights differ by at most {worst:.1e}; the greedy soup kept "
-        f"{len(greedy.kept)} of {RUNS}; plain torch's time over Solera's: "
+        f"{len(log.kept)} of {RUNS}; plain torch's time over Solera's: "
         + ", ".join(f"{name} {ratio:.2f}x" for name, ratio in ratios.items())
         + ".",
         numbers={name: ratio for name, ratio in ratios.items()},
