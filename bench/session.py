@@ -180,7 +180,7 @@ def measure(args, result: dict, specs: list[Spec], device, printer) -> list[Fail
         if args.json:  # what is done so far, should the run be stopped
             report.write_json(result, args.json)
 
-    budget = Budget(seconds / 2, seconds)
+    budget = Budget(seconds / 4, seconds)
     failures = run_lines(specs, options, device, rates, budget, printer, keep)
     if rates is not None:
         rates.end = max(copies(device, rates.buffer_bytes).values())

@@ -94,4 +94,5 @@ def specs(device: str) -> Iterator[Spec]:
         label="given 512x8192, bank 4096x8192",
         dtype=torch.float32,
         make=lambda: _given(device),
+        quick=False,
     )

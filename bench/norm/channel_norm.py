@@ -103,13 +103,15 @@ def specs(device: str) -> Iterator[Spec]:
     for dtype in (f32, bf16):
         yield line("group_norm + silu", dtype, targets={"eager": 1.8, "compile": 1.5})
     for dtype, eager in ((f32, 1.3), (bf16, 3)):
-        yield line("group_norm", dtype, last=True, targets={"eager": eager, "compile": 4})
+        yield line(
+            "group_norm", dtype, last=True, targets={"eager": eager, "compile": 4}, quick=False
+        )
     for dtype in (f32, bf16):
         yield line("batch_norm + relu + residual", dtype, targets={"eager": 1.5})
     yield line("batch_norm + relu + residual", f32, last=True, quick=False)
     yield line("group_norm", f32, quick=False)
     for dtype in (f32, bf16):
-        yield line("instance_norm", dtype)
+        yield line("instance_norm", dtype, quick=False)
     yield line("batch_norm", f32, quick=False)
     yield line("batch_norm", f32, shape=(128, 512, 7, 7), quick=False)
     yield line("group_norm", f32, shape=(32, 512, 7, 7), quick=False)

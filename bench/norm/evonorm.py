@@ -57,6 +57,17 @@ def _timm(form: str, channels: int, device: str, dtype: torch.dtype):
     return f
 
 
+def _off_the_kink(x: Tensor, v: Tensor) -> Tensor:
+    """x without the elements at which B0's two deviations are equal but for rounding.
+
+    There the gradient jumps, and which side a float32 form takes says nothing about it.
+    """
+    wide, v = x.double(), v.double().view(1, -1, 1, 1)
+    left = (wide.var((0, 2, 3), correction=0, keepdim=True) + EPS).sqrt()
+    right = wide * v + (wide.var((2, 3), correction=0, keepdim=True) + EPS).sqrt()
+    return torch.where((left - right).abs() < 1e-5 * left, x + 0.01, x)
+
+
 def _case(
     form: str, shape: tuple[int, ...], dtype, device: str, backward: bool, last: bool
 ) -> Case:
@@ -67,6 +78,8 @@ def _case(
     if last:
         x, grad = (t.contiguous(memory_format=torch.channels_last) for t in (x, grad))
     inputs = [x, *(make(shape[1]) for _ in range(3))]
+    if form == "b0" and dtype == torch.float32:
+        inputs[0] = _off_the_kink(x, inputs[3])
     inputs = [t.requires_grad_(backward) for t in inputs]
 
     def steps(function):
@@ -121,7 +134,7 @@ def specs(device: str) -> Iterator[Spec]:
     yield line("s0", f32, last=True, quick=False)
     yield line("s0", bf16, last=True, quick=False)
     yield line("s0", f32, backward=False, quick=False)
-    yield line("b0", f32)
+    yield line("b0", f32, quick=False)
     yield line("b0", f32, last=True, quick=False)
 
 

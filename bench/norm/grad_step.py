@@ -105,7 +105,7 @@ def specs(device: str) -> Iterator[Spec]:
 
     yield Spec(
         "norm.stable_spam_step_", "ResNet-50", f32, lambda: _spam(f32, device),
-        notes="eager: a loop over the parameters",
+        quick=False, notes="eager: a loop over the parameters",
     )  # fmt: skip
     yield Spec(
         "norm.fira_residual_", "8 x 1024x4096, rank 128", f32, lambda: _fira(device), quick=False,

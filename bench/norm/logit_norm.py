@@ -54,4 +54,5 @@ def specs(device: str) -> Iterator[Spec]:
                 label="fwd+bwd 512x32000",
                 dtype=dtype,
                 make=lambda name=name, dtype=dtype: _case(name, dtype, device),
+                quick=False,
             )

@@ -31,6 +31,7 @@ MODULES = (
     "generative_points",
     "digit_distances",
     "uncertainty",
+    "merging",
     "real_checkpoint",
 )
 QUICK = 4

@@ -236,7 +236,7 @@ def specs(device) -> Iterator[Spec]:
     )  # fmt: skip
     yield line(
         "indexed_ema_", "bank 100k x 100, batch 4096 on 2048 rows", f32,
-        lambda: _bank(100_000, 100, 4096, 2048, device), {"eager": 10}, quick=True,
+        lambda: _bank(100_000, 100, 4096, 2048, device), {"eager": 10},
         notes="eager: the loop over the batch",
     )  # fmt: skip
     yield line(

@@ -276,7 +276,7 @@ def specs(device) -> Iterator[Spec]:
         {"eager": 8},
     )
     yield line("dare", "8 x 2 x 1M", f32, lambda: _dare(8, 2, million, f32, device, True),
-               {"eager": 8, "mergekit": 10}, True)  # fmt: skip
+               {"eager": 8, "mergekit": 10})  # fmt: skip
     yield line(
         "dare",
         "8 x 10 x 1M, l1",

@@ -170,10 +170,10 @@ def specs(device: str) -> Iterator[Spec]:
     wanted = {"eager": 2, "foreach": 1.2}
     lines = (
         ("200 x 100k", f32, False, False, wanted, True),
-        ("200 x 100k, swap", f32, True, True, wanted, True),
+        ("200 x 100k, swap", f32, True, True, wanted, False),
         ("200 x 100k, backup", f32, True, False, {}, False),
         ("200 x 100k, backup", bf16, True, False, {"foreach": 1.2}, False),
-        ("200 x 100k, swap", bf16, True, True, wanted, True),
+        ("200 x 100k, swap", bf16, True, True, wanted, False),
     )
     for label, dtype, kept, swap, targets, quick in lines:
         yield Spec(
