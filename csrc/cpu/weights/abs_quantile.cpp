@@ -13,7 +13,7 @@
 namespace solera {
 
 struct DeltaSource {
-  DeltaStream w, base;
+  WeightStream w, base;
   bool wide;  // w - base is taken in double
 };
 struct BracketCounts {
@@ -189,7 +189,7 @@ struct RankedGroup {
   int64_t total() const { return begins.back(); }
   DeltaSource source(int64_t position, int64_t k) const {
     const int64_t l = first + position;
-    return {lists->streams[l * lists->models + k], lists->bases[l], lists->wide(l)};
+    return {lists->streams[l * lists->models + k], lists->base(l), lists->wide(l)};
   }
   // Calls body(position, offset, count) for each chunk of [begin, end).
   template <class F>

@@ -23,8 +23,8 @@ namespace solera {
 enum Vote : int { kLinear = 0, kMass = 1, kCount = 2 };
 // One position of the lists.
 struct ConsensusItem {
-  const DeltaStream* streams;  // K
-  DeltaStream base;
+  const WeightStream* streams;  // K
+  WeightStream base;
   int count;  // K
   // K each, in both accumulator types: [0] float, [1] double.
   const void *low[2], *high[2], *election[2], *value[2], *divisor[2];
@@ -35,10 +35,10 @@ struct ConsensusItem {
   bool divide;
 };
 struct ConsensusGradient {
-  DeltaStream incoming;  // G
-  void* const* tensors;  // K + 1, the base last; null where no gradient is needed
-  const int* dtypes;     // K + 1
-  double* dots;          // 2 K sums of this chunk, dv_k . d_k and ddivisor_k, or null
+  WeightStream incoming;  // G
+  void* const* tensors;   // K + 1, the base last; null where no gradient is needed
+  const int* dtypes;      // K + 1
+  double* dots;           // 2 K sums of this chunk, dv_k . d_k and ddivisor_k, or null
 };
 
 struct ConsensusTable {
@@ -59,12 +59,7 @@ constexpr int kTile = kDeltaTile;
 static_assert(kTile == kMaskChunk, "the words of a chunk serve a tile");
 
 template <class A>
-using V = typename Vec<A>::type;
-template <class A>
 using M = KeyVec<A>;  // masks: all bits of a lane set or none
-template <class A>
-constexpr int kWide = Vec<A>::lanes;
-
 // Streams and words of a tile.
 template <class A>
 struct ConsensusTile {
@@ -378,7 +373,7 @@ std::tuple<Tensor, std::vector<Tensor>> consensus_backward(
                   " gradients, got ", grads.size());
   STD_TORCH_CHECK(need_tensors.size() == tensors.size() + base.size(),
                   "consensus_backward: need_tensors has ", need_tensors.size(), " entries");
-  DeltaLists::same_shapes("consensus_backward", grads, tensors, L);
+  lists.same_shapes(grads, tensors);
   Tensor dweights =
       empty_like(weights, need_weights ? std::vector<int64_t>{K, L} : std::vector<int64_t>{0},
                  ScalarType::Double);

@@ -67,7 +67,7 @@ struct ConsensusLists : DeltaLists {
     };
     ConsensusItem out{};
     out.streams = &streams[l * models];
-    out.base = bases[l];
+    out.base = base(l);
     out.count = int(models);
     both(out.low, low);
     both(out.high, high);
@@ -107,7 +107,7 @@ struct ConsensusLists : DeltaLists {
     const Tensor t = dense(*given);
     STD_TORCH_CHECK(t.dim() == 2 && t.size(0) == models && t.size(1) == length,
                     "consensus: expected (", models, ", ", length, ") numbers");
-    const DeltaStream s{t.const_data_ptr(), dtype_of(t)};
+    const WeightStream s{t.const_data_ptr(), dtype_of(t)};
     std::vector<double> out;
     for (int64_t i = 0; i < models * length; ++i) out.push_back(generic::element<double>(s, i));
     return out;

@@ -9,8 +9,8 @@ namespace {
 
 constexpr int64_t kMaskChunk = 512;  // elements that share 128 Philox blocks
 
-// Words of the elements chunk * 512 + slot * 128 + lane + i, i the vector's lane, for the four slots:
-// word[slot]. lane is a multiple of kLanes<float> below 128.
+// Words of the elements chunk * 512 + slot * 128 + lane + i, i the vector's lane, for the four
+// slots: word[slot]. lane is a multiple of kLanes<float> below 128.
 SOLERA_INLINE PhiloxWords mask_words(int64_t chunk, int lane, uint32_t tensor, uint32_t stream,
                                      uint64_t seed) {
   const uint64_t block = uint64_t(chunk) * 128 + uint64_t(lane);  // 128 divides 2^32: no carry

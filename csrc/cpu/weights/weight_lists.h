@@ -28,11 +28,11 @@ struct WeightLists {
     for (const Tensor& t : base) bases.push_back(stream_of(t));
   }
 
-  // Called where the tensors are read (stand-ins for their dtypes have no shape).
+  // Called where the tensors are read (stand-ins for their dtypes have no shape); like begins with
+  // the L tensors whose shapes count.
   void same_shapes(const std::vector<Tensor>& tensors, const std::vector<Tensor>& like) const {
-    const size_t length = like.size();
     for (size_t i = 0; i < tensors.size(); ++i) {
-      const auto a = tensors[i].sizes(), b = like[i % length].sizes();
+      const auto a = tensors[i].sizes(), b = like[i % size_t(length)].sizes();
       bool same = a.size() == b.size();
       for (size_t j = 0; same && j < a.size(); ++j) same = a[j] == b[j];
       STD_TORCH_CHECK(same, op_, ": tensor ", i, " differs in shape from the first model's");
