@@ -62,7 +62,8 @@ class TileLinear {
     char* data = static_cast<char*>(out.mutable_data_ptr());
     const size_t bytes = size_t(rows_ * columns * size_);
     if (bytes > 0) std::memcpy(data, x.const_data_ptr(), bytes);
-    std::memset(data + bytes, 0, size_t((padded_ - rows_) * columns * size_));
+    const size_t rest = size_t((padded_ - rows_) * columns * size_);
+    if (rest > 0) std::memset(data + bytes, 0, rest);
     return out;
   }
 
