@@ -78,11 +78,3 @@ def points(epsilon: float, iterations: int, batch_size: int | None = 1000) -> Ca
 
     make = lambda x, y: PointCloud(x, y, epsilon=epsilon, batch_size=batch_size)
     return _solver(make, epsilon, **_fixed(iterations))
-
-
-def points_to_error(epsilon: float, threshold: float, batch_size: int | None = 1000) -> Callable:
-    """The same with OTT's own stopping rule: the L1 error of a marginal below the threshold."""
-    from ott.geometry.pointcloud import PointCloud
-
-    make = lambda x, y: PointCloud(x, y, epsilon=epsilon, batch_size=batch_size)
-    return _solver(make, epsilon, threshold=threshold, max_iterations=100_000)

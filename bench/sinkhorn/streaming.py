@@ -58,36 +58,6 @@ def _solve_case(n: int, d: int, epsilon: float, iterations: int, device: str) ->
     )
 
 
-def _shapes(n: int, device: str) -> tuple[Tensor, Tensor]:
-    """Points of a disc, and of a ring beside it: two shapes in the plane."""
-    angle, radius = 2 * torch.pi * torch.rand(2, n), torch.rand(2, n)
-    radius = torch.stack((0.3 * radius[0].sqrt(), 0.2 + 0.2 * radius[1]))
-    disc, ring = torch.stack((radius * angle.cos(), radius * angle.sin()), -1) + 0.5
-    return disc.to(device), (ring + 0.2).to(device)
-
-
-def _to_error_case(n: int, epsilon: float, error: float, device: str) -> Case:
-    """Solved until the L1 error of the row marginal is below `error`, each by its own stopping rule."""
-    x, y = _shapes(n, device)
-
-    def until(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        r = sinkhorn_points(
-            x, y, epsilon=epsilon, max_iterations=100_000, tolerance=error, validate=False
-        )
-        return r.f, r.g
-
-    peers = {}
-    if ott.available():
-        peers["OTT-JAX"] = step(ott.points_to_error(epsilon, error), (x, y))
-    return Case(
-        ours=step(until, (x, y)),
-        exact=in_double(lambda *t: step(until, t), (x, y)),
-        peers=peers,
-        bytes=2 * n * 4 * 4,
-        tolerance=1e-4,
-    )
-
-
 def _gradient(x: Tensor, y: Tensor, epsilon: float) -> Tensor:
     return sinkhorn_points(x, y, epsilon=epsilon, max_iterations=10, validate=False).cost
 
@@ -145,8 +115,6 @@ def specs(device: str) -> Iterator[Spec]:
     yield solve("10000x10000, d=64, 10 it", False, n=10000, d=64, epsilon=5.0, iterations=10)
     yield solve("3000x3000, d=64, 10 it", True, n=3000, d=64, epsilon=5.0, iterations=10)
     yield solve("5000x5000, d=2, 10 it", False, n=5000, d=2, epsilon=0.05, iterations=10)
-    yield Spec("sinkhorn.sinkhorn_points", "5000x5000, d=2, to error 1e-6", f32,
-               lambda: _to_error_case(5000, 0.05, 1e-6, device), False, {"OTT-JAX": 2})  # fmt: skip
     yield Spec("sinkhorn.sinkhorn_points", "fwd+bwd of cost 2000x2000, d=64, 10 it", f32,
                lambda: _gradient_case(2000, 64, 5.0, device), False, {"eager": 3})  # fmt: skip
     yield Spec("sinkhorn.SamplesLoss", "3000x3000, d=2, blur 0.05", f32,
