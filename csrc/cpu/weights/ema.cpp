@@ -13,6 +13,7 @@
 #pragma GCC optimize("fp-contract=off")
 #endif
 #include "../philox.h"
+#include "dtype_pairs.h"
 
 namespace solera {
 
@@ -144,12 +145,7 @@ void update(const EmaItem& item, int64_t offset, int64_t count) {
 }  // namespace
 
 extern const EmaTable ema_table;
-const EmaTable ema_table = {{
-    {update<float, float>, update<float, double>, update<float, bf16>, update<float, f16>},
-    {update<double, float>, update<double, double>, update<double, bf16>, update<double, f16>},
-    {update<bf16, float>, update<bf16, double>, update<bf16, bf16>, update<bf16, f16>},
-    {update<f16, float>, update<f16, double>, update<f16, bf16>, update<f16, f16>},
-}};
+const EmaTable ema_table = {SOLERA_DTYPE_PAIRS(update)};
 
 }  // namespace SOLERA_ISA
 }  // namespace solera

@@ -12,7 +12,7 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #endif
-#include "../simd.h"
+#include "dtype_pairs.h"
 
 namespace solera {
 
@@ -66,15 +66,7 @@ void update_row(const IndexedEmaRow& item, int64_t begin, int64_t end) {
 }  // namespace
 
 extern const IndexedEmaTable indexed_ema_table;
-const IndexedEmaTable indexed_ema_table = {{
-    {update_row<float, float>, update_row<float, double>, update_row<float, bf16>,
-     update_row<float, f16>},
-    {update_row<double, float>, update_row<double, double>, update_row<double, bf16>,
-     update_row<double, f16>},
-    {update_row<bf16, float>, update_row<bf16, double>, update_row<bf16, bf16>,
-     update_row<bf16, f16>},
-    {update_row<f16, float>, update_row<f16, double>, update_row<f16, bf16>, update_row<f16, f16>},
-}};
+const IndexedEmaTable indexed_ema_table = {SOLERA_DTYPE_PAIRS(update_row)};
 
 }  // namespace SOLERA_ISA
 }  // namespace solera

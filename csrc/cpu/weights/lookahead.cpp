@@ -11,7 +11,7 @@
 #elif defined(__GNUC__)
 #pragma GCC optimize("fp-contract=off")
 #endif
-#include "../simd.h"
+#include "dtype_pairs.h"
 
 namespace solera {
 
@@ -74,15 +74,7 @@ void look_ahead(const LookaheadItem& item, double alpha_in, int64_t offset, int6
 }  // namespace
 
 extern const LookaheadTable lookahead_table;
-const LookaheadTable lookahead_table = {{
-    {look_ahead<float, float>, look_ahead<float, double>, look_ahead<float, bf16>,
-     look_ahead<float, f16>},
-    {look_ahead<double, float>, look_ahead<double, double>, look_ahead<double, bf16>,
-     look_ahead<double, f16>},
-    {look_ahead<bf16, float>, look_ahead<bf16, double>, look_ahead<bf16, bf16>,
-     look_ahead<bf16, f16>},
-    {look_ahead<f16, float>, look_ahead<f16, double>, look_ahead<f16, bf16>, look_ahead<f16, f16>},
-}};
+const LookaheadTable lookahead_table = {SOLERA_DTYPE_PAIRS(look_ahead)};
 
 }  // namespace SOLERA_ISA
 }  // namespace solera
