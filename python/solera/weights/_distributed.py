@@ -21,6 +21,7 @@ def replicated_dims(t: Any) -> tuple[int, ...]:
 
 
 def refuse_partial(name: str, tensors: Sequence[Any]) -> None:
+    """An error for a DTensor whose value is still to be summed over its mesh."""
     for index, t in enumerate(tensors):
         if any([p.is_partial() for p in getattr(t, "placements", ())]):
             raise ValueError(

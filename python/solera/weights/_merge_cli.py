@@ -35,6 +35,7 @@ examples:
 
 
 def add_parser(commands: Any) -> None:
+    """Add `merge` to the commands of the console script."""
     parser = commands.add_parser(
         "merge",
         help="merge checkpoints on disk, larger than memory or not",
@@ -90,6 +91,7 @@ def _split(rule: str, known: Collection[str]) -> tuple[str, str]:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """`solera merge`; the exit status is 1 for a merge that cannot be made, which stderr explains."""
     from .merge_files import merge_files
 
     try:

@@ -45,6 +45,7 @@ def size_in_bytes(value: int | str) -> int:
 
 
 def spelled_size(value: float) -> str:
+    """Bytes for people, in powers of 1000."""
     for unit in ("B", "KB", "MB", "GB"):
         if value < 1000:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

@@ -24,10 +24,12 @@ _CACHESTAT = 451  # the system call's number, the same on all architectures; Lin
 
 
 def down(value: int) -> int:
+    """The page border at or before a position."""
     return value // PAGE * PAGE
 
 
 def up(value: int) -> int:
+    """The page border at or after a position."""
     return -(-value // PAGE) * PAGE
 
 
@@ -199,6 +201,7 @@ def compiled() -> Any:
 
 
 def make_ring(arena: Arena, readers: int, writers: int) -> Ring:
+    """The compiled ring where it was built and is wanted, else Python's."""
     module = compiled()
     kind = PythonRing if isinstance(module, str) else module.Ring
     return kind(arena.memory, readers, writers)

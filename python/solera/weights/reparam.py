@@ -58,6 +58,7 @@ def kept(like: Tensor, seed: Tensor, p: float, key: int, column: bool) -> Tensor
 def mixout_reference(
     weight: Tensor, anchor: Tensor | None, seed: Tensor, p: float, key: int, column: bool
 ) -> Tensor:
+    """anchor + mask (weight - anchor) / (1 - p), rounded once; anchor None counts as 0."""
     acc = accumulate_type(weight)
     scale = 1.0 / (1.0 - p) if p < 1.0 else 0.0
     base = torch.zeros((), dtype=acc, device=weight.device) if anchor is None else anchor.to(acc)
@@ -124,6 +125,7 @@ def _gradient_dropout(grad, other, seed, rate, eps, key):
 
 
 def weight_compand_reference(v: Tensor, a: Tensor, b: Tensor, kind: int) -> Tensor:
+    """a atan(v / b), or with kind 1 a tanh(v / b), rounded once."""
     acc = accumulate_type(v)
     t = v.to(acc) / b.to(acc)
     return (a.to(acc) * (t.tanh() if kind else t.atan())).to(v.dtype)
