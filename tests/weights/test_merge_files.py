@@ -241,7 +241,8 @@ def test_what_differs_is_named_and_not_strict_copies_it(tmp_path, ring):
     expected = base["layer.0.weight"].double() + 0.3 * sum(
         m["layer.0.weight"].double() - base["layer.0.weight"].double() for m in (a, b)
     )
-    torch.testing.assert_close(found["layer.0.weight"].double(), expected, rtol=1e-2, atol=1e-2)
+    one_rounding = {"rtol": torch.finfo(found["layer.0.weight"].dtype).eps, "atol": 1e-6}
+    torch.testing.assert_close(found["layer.0.weight"].double(), expected, **one_rounding)
 
 
 def test_a_name_left_out_as_tied_is_found_by_its_twin(tmp_path):
