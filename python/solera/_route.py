@@ -68,7 +68,14 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast would give a matrix product on x's device, or None outside autocast."""
-    kind = x.device.type
-    if torch.is_autocast_enabled(kind):
-        return torch.get_autocast_dtype(kind)
-    return None
+    return torch.get_autocast_dtype(x.device.type) if autocast_enabled(x) else None
+
+
+def autocast_enabled(x: torch.Tensor) -> bool:
+    """Whether autocast is on for x's device; never for meta tensors, whose device torch does not know here."""
+    return x.device.type != "meta" and torch.is_autocast_enabled(x.device.type)
+
+
+def without_autocast(x: torch.Tensor) -> torch.autocast:
+    """A context in which products on x's device keep their operands' dtype."""
+    return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)

@@ -36,7 +36,7 @@ from .. import _check
 from .._activation import activate, delta_of
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import needs_graph, use_reference, without_autocast
 from ._members import activation_code, autocast, cast_grad, fresh
 
 _op = torch.ops.solera
@@ -64,7 +64,7 @@ def adapter_linear_reference(
     acc = accumulate_type(x)
     experts, rank, width = a.shape
     wide = x.to(acc)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         rows = wide.reshape(-1, width)
         p = torch.einsum("mi,eri->mer", rows, a.to(acc))
         if a_bias is not None:

@@ -31,7 +31,7 @@ from .. import _check
 from .._activation import GELU, RELU, activate, delta_of
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import needs_graph, use_reference, without_autocast
 from ._members import (
     activation_code,
     autocast,
@@ -61,7 +61,7 @@ def batch_ensemble_reference(
     h = by_member(x).to(acc)
     if r is not None:
         h = h * r.to(acc)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         z = h @ weight.to(acc).T
     if s is not None:
         z = z * s.to(acc)

@@ -39,7 +39,7 @@ from .. import _check
 from .._activation import activate, delta_of
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import needs_graph, use_reference, without_autocast
 from ._members import (
     activation_code,
     autocast,
@@ -131,7 +131,7 @@ def network_reference(
     products = []
     for index, (weight, r, s, bias, activation) in enumerate(layers):
         u = a if r is None else a * r.to(acc)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             h = (u @ weight.to(acc).T).expand(-1, members, -1).to(x.dtype)
         mask = None if seed is None else dropout_mask(seed, index, h.to(acc), dropout)
         products.append(h)

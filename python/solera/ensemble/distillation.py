@@ -36,7 +36,7 @@ from torch.compiler import is_dynamo_compiling
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import autocast_enabled, needs_graph, use_reference
 from ._logits import Members, member_logits, stacked
 
 _op = torch.ops.solera
@@ -299,7 +299,7 @@ def ensemble_distillation_loss(
         none = (False, False, False, False)
         losses = _op.distill(flat, rows_of(members.tensors), w, *options, *none)[0]
     dtype = x.dtype
-    if dtype.itemsize == 2 and torch.is_autocast_enabled(x.device.type):
+    if dtype.itemsize == 2 and autocast_enabled(x):
         dtype = torch.float32
     if reduction == "none":
         return losses.reshape(x.shape[:-1]).to(dtype)

@@ -35,7 +35,7 @@ from .. import _check
 from .._activation import GELU, activate, delta_of
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import needs_graph, use_reference, without_autocast
 from ._members import ACTIVATIONS, autocast, check_input, fresh
 from .members import Members, layer_names
 
@@ -67,7 +67,7 @@ def ensemble_mlp_reference(x, weights, biases, activations, out_first, combine):
     h = _by_member(x, matrices[0].shape[0], acc)
     saved = []
     last = len(matrices) - 1
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         for i, (w, activation) in enumerate(zip(matrices, activations)):
             z = torch.matmul(h, w)
             if biases:
@@ -306,7 +306,7 @@ def ensemble_mlp(
     x = autocast(x)
     plain = combine is None or (combine.dim() == 1 and not combine.requires_grad)
     if not plain or any(a not in ACTIVATIONS for a in activations):
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             return _composed(x, layers, out_first, activations, combine)
     codes = [ACTIVATIONS.index(a) for a in activations]  # type: ignore[arg-type]
     weights = [w for w, _ in layers]

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._route import without_autocast
 from .oblivious_forest import leaf_rows
 
 CHUNK = 1 << 22  # distances held at once
@@ -34,7 +35,7 @@ def nearest_keys(x: Tensor, keys: Tensor, topk: int = 1) -> Tensor:
     _check.like("keys", keys, (x.shape[0], count, x.shape[2]), x)
     if not isinstance(topk, int) or not 1 <= topk <= count:
         raise ValueError(f"topk: expected 1 to {count} (the keys), got {topk!r}")
-    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(x):
         acc = torch.float64 if x.dtype == torch.float64 else torch.float32
         wide = keys.to(acc)
         half = wide.square().sum(2).unsqueeze(1) / 2  # |x|^2 is the same for every key

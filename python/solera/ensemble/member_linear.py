@@ -27,7 +27,7 @@ from .. import _check
 from .._activation import GELU, RELU, activate, delta_of
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import needs_graph, use_reference, without_autocast
 from ._members import (
     activation_code,
     autocast,
@@ -49,7 +49,7 @@ def member_linear_reference(
 ) -> tuple[Tensor, Tensor]:
     """(y, z) by the formula, in float32 (float64 for float64), rounded to x's dtype."""
     acc = accumulate_type(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         z = torch.matmul(by_member(x).to(acc).transpose(0, 1), weight.to(acc)).transpose(0, 1)
     if bias is not None:
         z = z + bias.to(acc)

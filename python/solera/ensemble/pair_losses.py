@@ -33,7 +33,7 @@ from torch import Tensor
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import use_reference
+from .._route import use_reference, without_autocast
 from ..norm import l2_normalize
 
 _op = torch.ops.solera
@@ -201,7 +201,7 @@ def multi_head_contrastive_loss(
     options = (tau_min, tau_max, _check.number("beta", beta, low=0.0))
     k = min(top_k, 2 * z1.shape[0] - 2)
     total = None
-    with torch.autocast(z1.device.type, enabled=False):
+    with without_autocast(z1):
         both = torch.cat([z1, z2]).to(accumulate_type(z1))
         z = l2_normalize(both.transpose(0, 1).contiguous())  # (H, 2B, d)
         for head in z.unbind(0):

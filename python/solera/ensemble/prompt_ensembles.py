@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import without_autocast
 from ..norm import l2_normalize
 from ..norm.moments2 import indices
 from .prompts import check_texts
@@ -115,7 +116,7 @@ def merge_text_heads(texts: Tensor, weights: Tensor | None = None) -> Tensor:
     if weights is None:
         return t.mean(0, dtype=acc).to(t.dtype)
     _check.like("weights", weights, t.shape[:1], t, "texts")
-    with torch.autocast(t.device.type, enabled=False):
+    with without_autocast(t):
         merged = (weights.to(acc) / t.shape[0]) @ t.to(acc).flatten(1)
     return merged.view(t.shape[1:]).to(t.dtype)
 

@@ -8,6 +8,7 @@ from torch.compiler import is_dynamo_compiling
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import autocast_enabled
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -66,7 +67,7 @@ def reduced(
     losses = torch.where(kept, losses, 0.0)
     half = x.dtype in (torch.bfloat16, torch.float16)
     dtype = x.dtype
-    if half and torch.is_autocast_enabled(x.device.type):
+    if half and autocast_enabled(x):
         dtype = torch.float32
     if reduction == "none":
         return losses.reshape(shape if shape is not None else losses.shape).to(dtype)

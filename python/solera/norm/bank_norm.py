@@ -32,6 +32,7 @@ from torch import Tensor
 
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
+from .._route import without_autocast
 
 _op = torch.ops.solera
 _ROWS = 1024  # bank rows a step of the reference's product
@@ -40,7 +41,7 @@ _ROWS = 1024  # bank rows a step of the reference's product
 def similarities_of(x: Tensor, y: Tensor) -> Tensor:
     """x @ y.T in the accumulator's type, under autocast too: rounded to half, neighbours would tie."""
     acc = accumulate_type(x)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return x.to(acc) @ y.to(acc).T
 
 
