@@ -190,6 +190,25 @@ def test_frozen_input_or_weight_and_ignored_rows():
     assert loss[1] == 0 and not loss.requires_grad
 
 
+@pytest.mark.parametrize("margin", [None, 0.3, arcface(), madacos()])
+def test_inference_mode(margin):
+    x, weight, y = problem()
+    want = normalized_softmax_cross_entropy(x, weight, y, margin=margin)
+    with torch.inference_mode():
+        inside = x.clone(), weight.clone()  # tensors that autograd refuses
+        assert torch.equal(normalized_softmax_cross_entropy(x, weight, y, margin=margin), want)
+        assert torch.equal(normalized_softmax_cross_entropy(*inside, y, margin=margin), want)
+
+
+def test_a_float32_head_of_float64_features():
+    x, weight, y = problem()
+    weight = weight.detach().float().requires_grad_()
+    got = normalized_softmax_cross_entropy(x, weight, y, scale=8.0)
+    want = normalized_softmax_cross_entropy(x, weight.double(), y, scale=8.0)
+    torch.testing.assert_close(got, want)
+    assert torch.autograd.grad(got, weight)[0].dtype == torch.float32
+
+
 def test_no_logits_are_kept():
     core.CHUNK_ELEMENTS = 1 << 20
     x, weight, y = problem(torch.float32, 64, 4096, 8)

@@ -29,7 +29,7 @@ from torch.compiler import is_compiling
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import use_reference
+from .._route import use_reference, without_autocast
 from ._labels import REDUCTIONS, labels
 from .logit_norm import SOFTMAX
 from .margins import CosFace, MadaCos
@@ -109,9 +109,13 @@ class _Head:
         if label is not None:  # given, and its gradient is the caller's
             self.label, self.slope = label, torch.zeros_like(label)
             return
-        with torch.enable_grad():
-            leaf = cosine.detach().requires_grad_()
-            moved = leaf if margin is None else margin(leaf, self.x_norm)
+        if margin is None:
+            self.label, self.slope = cosine, torch.ones_like(cosine)
+            return
+        # Out of inference mode, whose tensors record nothing; clones, for autograd takes none of its tensors.
+        with torch.inference_mode(False), torch.enable_grad():
+            leaf = cosine.clone().detach().requires_grad_()
+            moved = margin(leaf, self.x_norm.clone())
             (slope,) = torch.autograd.grad(moved.sum(), leaf)
         self.label, self.slope = moved.detach(), slope
 
@@ -247,7 +251,7 @@ class _NormalizedSoftmax(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, scale, extra, target, margin, reduction):
         need_x, need_weight, _, _ = ctx.needs_input_grad[:4]
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             head = _Head(x, weight, target, scale, margin)
             row_weight = None
             if reduction != "none":
@@ -281,7 +285,7 @@ class _NormalizedSoftmax(torch.autograd.Function):
         factor = g
         if grads is None:
             # Losses a row, or a second backward through a kept graph: the chunks once more.
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x):
                 head = _Head(x, weight, target, scale, _frozen(margin))
                 head.label, head.slope, head.scale = ctx.label
                 head.scales = head.scale.expand(x.shape[0])
@@ -318,7 +322,7 @@ def _frozen(margin):
 
 @reference("normalized_softmax")
 def _head_op(x, weight, target, label, scale, extra, row_weight, need_x, need_weight):
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         found = _Head(x, weight, target, scale, label=label).run(
             extra, row_weight, need_x, need_weight
         )
@@ -422,6 +426,8 @@ def normalized_softmax_cross_entropy(
     _check.like("weight", weight, (weight.shape[0], x.shape[1]), x)
     if x.dtype == torch.float32 and weight.dtype != torch.float32:
         raise TypeError(f"weight: expected torch.float32 (that of x), got {weight.dtype}")
+    if x.dtype == torch.float64:
+        weight = weight.to(x.dtype)
     _check.choice("reduction", reduction, REDUCTIONS)
     y = labels("target", target, x.shape[:1], weight.shape[0], x.device, ignore_index)
     acc = accumulate_type(x)
