@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from ._route import autocast_enabled
+
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -65,6 +67,12 @@ def like(name: str, value: object, shape: tuple[int, ...], x: Tensor, x_name: st
 def same_dtype(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> None:
     """value has x's dtype."""
     if value.dtype is not x.dtype:
+        raise TypeError(f"{name}: expected {x.dtype} (that of {x_name}), got {value.dtype}")
+
+
+def product_dtype(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> None:
+    """value has x's dtype, unless autocast is about to give both one: torch's products take no mixture."""
+    if value.dtype is not x.dtype and not autocast_enabled(x):
         raise TypeError(f"{name}: expected {x.dtype} (that of {x_name}), got {value.dtype}")
 
 

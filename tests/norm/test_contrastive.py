@@ -10,6 +10,7 @@ from helpers import DEVICE, DTYPES, double, randn, relative_error
 from solera.norm import (
     any_loss,
     bag_mean_loss,
+    batch_negatives,
     cosine_cross_entropy,
     cosine_logits,
     cosine_relation_kl,
@@ -39,6 +40,13 @@ def test_info_nce(bank):
     torch.testing.assert_close(got, want)
     inputs = [q, k] if n is None else [q, k, n]
     torch.testing.assert_close(torch.autograd.grad(got, inputs), torch.autograd.grad(want, inputs))
+
+
+def test_float64_student_of_a_float32_teacher():
+    s, t, c = randn(5, 4, dtype=f64, grad=True), randn(5, 4), randn(3, 4)
+    y = torch.tensor([0, 1, 2, 0, 1], device=DEVICE)
+    got = feature_direction_loss(s, t, c, y)
+    torch.testing.assert_close(got, feature_direction_loss(s, t.double(), c.double(), y))
 
 
 def nd(s, t, c, y):
@@ -164,9 +172,22 @@ def test_soft_topk():
     v = (1.5 * y * (1 - y)).detach()
     want = v * g - v * (v * g).sum(1, keepdim=True) / v.sum(1, keepdim=True)
     torch.testing.assert_close(torch.autograd.grad(y, x, g)[0], want)
-    assert torch.autograd.gradcheck(lambda x: soft_topk(x, 2.5, alpha=1.5), x)
+    function = lambda x: soft_topk(x, 2.5, alpha=1.5)
+    assert torch.autograd.gradcheck(function, x)
+    assert torch.autograd.gradgradcheck(function, x)
+    scalar = lambda x: function(x).square().sum()
+    tangent = torch.func.jvp(scalar, (x.detach(),), (g,))[1]
+    torch.testing.assert_close(tangent, (torch.func.grad(scalar)(x.detach()) * g).sum())
     with pytest.raises(ValueError, match="k: expected a number between 0 and 8"):
         soft_topk(x, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, f64])
+def test_soft_topk_of_scores_far_apart(dtype):
+    x = (1e4 * torch.arange(6.0, dtype=dtype, device=DEVICE)).requires_grad_()
+    y = soft_topk(x, 2)  # every slope is 0
+    torch.testing.assert_close(y, (x > 3.5e4).to(dtype))
+    assert torch.isfinite(torch.autograd.grad(y, x, torch.ones_like(y))[0]).all()
 
 
 def test_any_loss():
@@ -203,6 +224,34 @@ def test_bag_mean_loss():
     bags = torch.stack([(p[bag == b].mean() - answer[b]) ** 2 for b in (0, 1, 3)]).mean()
     want = 0.7 * bags + 0.3 * ((p - answer[bag]) ** 2).mean()
     torch.testing.assert_close(bag_mean_loss(p, bag, answer, rho=0.3), want)
+
+
+def test_cosines_keep_their_precision_under_autocast():
+    x, y = randn(5, 4), torch.arange(5, device=DEVICE) % 2
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = batch_negatives(x, y), multi_similarity_loss(x, y)
+    torch.testing.assert_close(got, (batch_negatives(x, y), multi_similarity_loss(x, y)))
+
+
+X, Y = randn(4, 3), torch.arange(4, device=DEVICE)
+BAD = [
+    (lambda: batch_negatives(X, Y[:3]), ValueError, r"target: expected shape \(4,\)"),
+    (lambda: multi_similarity_loss(X, Y[:3]), ValueError, r"target: expected shape \(4,\)"),
+    (lambda: cosine_relation_kl(X, X, X[:, :2]), ValueError, r"features: expected shape \(4, 3\)"),
+    (lambda: cosine_relation_kl(X, X, X.bfloat16()), TypeError, "features: expected torch.float32"),
+    (lambda: bag_mean_loss(X[0], Y, X[1]), ValueError, r"bag: expected shape \(3,\)"),
+    (lambda: bag_mean_loss(X[0], X[1], X[1]), TypeError, "bag: expected an int64"),
+    (lambda: bag_mean_loss(X[0], Y[:3], X), ValueError, "target: expected 1 dim"),
+    (lambda: any_loss(X, X[0]), ValueError, r"y: expected shape \(4, 3\)"),
+    (lambda: any_loss(X, X + 0j), TypeError, "y: expected zeros and ones"),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input_is_named(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
 
 
 def test_pairwise_softplus():

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import without_autocast
 from ._labels import labels, reduced
 from .l2_norm import l2_normalize
 from .normalized_softmax import EPS, normalized_softmax_cross_entropy
@@ -58,6 +59,17 @@ def info_nce(
     )
 
 
+def _classes(target: object, x: Tensor) -> None:
+    """One class a row of x, of any integer dtype."""
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
+    if target.shape != x.shape[:1] or target.device != x.device:
+        raise ValueError(
+            f"target: expected shape ({x.shape[0]},) on {x.device} to go with x of shape "
+            f"{tuple(x.shape)}, got {tuple(target.shape)} on {target.device}"
+        )
+
+
 def _positive(name: str, value: float) -> float:
     number = _check.number(name, value)
     if number <= 0:
@@ -93,6 +105,8 @@ def feature_direction_loss(
     _check.like("teacher", teacher, tuple(student.shape), student, "student")
     _check.tensor("centers", centers, dim=2)
     _check.like("centers", centers, (centers.shape[0], student.shape[1]), student, "student")
+    if student.dtype == torch.float64:  # the kernel takes float64 with float64 only
+        teacher, centers = teacher.to(student.dtype), centers.to(student.dtype)
     y = labels("target", target, student.shape[:1], centers.shape[0], student.device, ignore_index)
     ss, sc, cc = row_dots(student, centers, y)
     tt = row_dots(teacher, teacher)[0]
@@ -150,6 +164,13 @@ def cosine_cross_entropy(
     )  # fmt: skip
 
 
+def _cosines(x: Tensor) -> Tensor:
+    """(B, B) in the accumulator's dtype, under autocast too."""
+    with without_autocast(x):
+        v = F.normalize(x.to(accumulate_type(x)), dim=1)
+        return v @ v.t()
+
+
 def batch_negatives(x: Tensor, target: Tensor, *, whisker: float | None = 1.5) -> Tensor:
     r"""Cosines between the batch's samples of different classes, as `extra_negatives`; -inf elsewhere. A composition.
 
@@ -161,8 +182,8 @@ def batch_negatives(x: Tensor, target: Tensor, *, whisker: float | None = 1.5) -
     Recognition", 2022; the whisker rule and the joint log-sum-exp follow the paper's description.
     """
     _check.tensor("x", x, dim=2)
-    v = F.normalize(x.to(accumulate_type(x)), dim=1)
-    cosine = v @ v.t()
+    _classes(target, x)
+    cosine = _cosines(x)
     kept = target[:, None] != target[None, :]
     if whisker is not None and bool(kept.any()):
         values = cosine.detach()[kept]
@@ -193,8 +214,8 @@ def multi_similarity_loss(
     Source: Wang et al., "Multi-Similarity Loss with General Pair Weighting for Deep Metric Learning", 2019.
     """
     _check.tensor("x", x, dim=2)
-    v = F.normalize(x.to(accumulate_type(x)), dim=1)
-    s = v @ v.t()
+    _classes(target, x)
+    s = _cosines(x)
     same = target[:, None] == target[None, :]
     positive = same & ~torch.eye(len(s), dtype=torch.bool, device=s.device)
     inf = float("inf")
@@ -282,6 +303,9 @@ def cosine_relation_kl(
     axis of the softmax is read from its abstract.
     """
     _pair(new, old, "new", "old")
+    _check.tensor("features", features, dim=2)
+    _check.like("features", features, (features.shape[0], new.shape[1]), new, "new")
+    _check.product_dtype("features", features, new, "new")
     f = F.normalize(features, dim=1)
     scale = 1 / _positive("temperature", temperature)
     p, q = ((F.normalize(t, dim=1) @ f.t() * scale).log_softmax(1) for t in (old, new))
@@ -313,8 +337,11 @@ def soft_topk(x: Tensor, k: float, *, alpha: float = 1.0, iterations: int = 48) 
             short = torch.sigmoid(alpha * (v + middle)).sum(-1, keepdim=True) < k
             low, high = torch.where(short, middle, low), torch.where(short, high, middle)
         t = (low + high) / 2
-    y = torch.sigmoid(alpha * (v + t))
-    slope = (alpha * y * (1 - y)).detach()
-    # One Newton step, worth nothing but the gradient: dt = -sum(v dx) / sum(v).
-    shift = -(slope * (v - v.detach())).sum(-1, keepdim=True) / slope.sum(-1, keepdim=True)
-    return torch.sigmoid(alpha * (v + t + shift)).to(x.dtype)
+    # Newton steps, worth nothing but the derivatives: the first gives dt = -sum(v dx) / sum(v), both together
+    # the second derivative. Where every entry is 0 or 1 to rounding, the quotient is noise and is held.
+    tiny = torch.finfo(v.dtype).tiny
+    for _ in range(2):
+        y = torch.sigmoid(alpha * (v + t))
+        slope = (alpha * y * (1 - y)).sum(-1, keepdim=True).clamp(min=tiny)
+        t = t - ((y.sum(-1, keepdim=True) - k) / slope).clamp(-1 / alpha, 1 / alpha)
+    return torch.sigmoid(alpha * (v + t)).to(x.dtype)

@@ -7,12 +7,20 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _check
+from .moments2 import indices
 
 
 def _fits(p: Tensor, y: Tensor) -> Tensor:
     _check.tensor("p", p)
-    if not isinstance(y, Tensor) or y.shape != p.shape:
-        raise ValueError(f"y: expected a tensor of p's shape {tuple(p.shape)}, got {y!r}")
+    if not isinstance(y, Tensor):
+        raise TypeError(f"y: expected a torch.Tensor, got {type(y).__name__}")
+    if y.shape != p.shape or y.device != p.device:
+        raise ValueError(
+            f"y: expected shape {tuple(p.shape)} on {p.device} (that of p), got "
+            f"{tuple(y.shape)} on {y.device}"
+        )
+    if y.is_complex():
+        raise TypeError(f"y: expected zeros and ones, got {y.dtype}")
     return y.to(p.dtype)
 
 
@@ -83,6 +91,9 @@ def bag_mean_loss(prediction: Tensor, bag: Tensor, target: Tensor, *, rho: float
     """
     _check.tensor("prediction", prediction, dim=1)
     rho = _check.number("rho", rho, low=0.0, high=1.0)
+    _check.tensor("target", target, dim=1)
+    _check.like("target", target, tuple(target.shape), prediction, "prediction")
+    indices("bag", bag, prediction.shape, prediction)
     bags = target.shape[0]
     member = F.one_hot(bag, bags).to(prediction.dtype)
     size = member.sum(0)
@@ -100,4 +111,5 @@ def pairwise_softplus(positive: Tensor, negative: Tensor) -> Tensor:
     """
     _check.tensor("positive", positive, dim=1)
     _check.tensor("negative", negative, dim=1)
+    _check.like("negative", negative, tuple(negative.shape), positive, "positive")
     return -F.logsigmoid(positive[:, None] - negative[None, :]).mean()
