@@ -279,6 +279,12 @@ def test_attn_inject():
         return scores.softmax(-1) @ v
 
     agrees_with_formula(attn_inject, formula, (q, qs, k, v), allowed=2e-6)
+    with pytest.raises(ValueError, match=r"style_key: expected shape \(2, 3, 7, 8\)"):
+        attn_inject(q, qs, k[..., :5], v)
+    with pytest.raises(ValueError, match=r"style_value: expected shape \(2, 3, 7, 8\)"):
+        attn_inject(q, qs, k, v[:, :, 1:])
+    with pytest.raises(TypeError, match=r"style_value: expected torch\.float32"):
+        attn_inject(q, qs, k, v.bfloat16())
 
 
 def test_adain_perturb():

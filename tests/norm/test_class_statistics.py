@@ -222,6 +222,8 @@ def test_masked_mix():
     close(masked_mix(a, b, features), m * a + (1 - m) * b)
     part = torch.rand(3, 1, dtype=F64, device=DEVICE)
     close(masked_mix(a, b, part), part * a + (1 - part) * b)
+    close(masked_mix(a, b, features.long()), m * a + (1 - m) * b)
+    close(masked_mix(a.float(), b.float(), m), (m * a + (1 - m) * b).float())
 
 
 def test_prototype_drift():
@@ -230,6 +232,53 @@ def test_prototype_drift():
     want = (w[:, :, None] * (new - old)[:, None]).sum(0) / w.sum(0)[:, None]
     close(prototype_drift(old, new, p, 0.7), want)
     assert torch.isfinite(prototype_drift(old, new, p + 1e3, 0.7)).all()
+    half = [t.bfloat16() for t in (old, new, p)]
+    rounded = prototype_drift(*(t.double() for t in half), 0.7)
+    close(prototype_drift(*half, 0.7), rounded.bfloat16())
+
+
+def test_products_keep_their_precision_under_autocast():
+    x, y, p = randn(9, 4), randn(9, 4), randn(3, 4)
+    call = lambda: (linear_cka(x, y), prototype_drift(x, y, p, 0.7))
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        got = call()
+    close(got, call())
+
+
+X, M, I = randn(4, 3), randn(2, 3), torch.arange(4, device=DEVICE)
+BAD = [
+    (lambda: gnb_logits(X, M, M, M), ValueError, r"log_prior: expected shape \(2,\)"),
+    (
+        lambda: indexed_stats_update_(X[0], X[1], X[2], I, X[3]),
+        ValueError,
+        r"index: expected shape \(3,\)",
+    ),
+    (
+        lambda: attenuated_cosine_score(X, M, X, torch.cat([M, M], 1)),
+        ValueError,
+        r"logits: expected shape \(4, 2\)",
+    ),
+    (
+        lambda: attenuated_cosine_score(X, M, X[:, :2], M),
+        ValueError,
+        r"means: expected shape \(2, 6\)",
+    ),
+    (lambda: masked_mix(X, X.double(), X), TypeError, "x2: expected torch.float32"),
+    (lambda: prototype_drift(X, X[:3], M, 1.0), ValueError, r"new: expected shape \(4, 3\)"),
+    (lambda: prototype_drift(X, X, M[:, :2], 1.0), ValueError, "prototypes: expected shape"),
+    (
+        lambda: iter_proto_adapt(X[None], I[None], M[None, :, :2], 4),
+        ValueError,
+        r"query: expected shape \(1, 2, 3\)",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_input_is_named(case):
+    call, error, message = BAD[case]
+    with pytest.raises(error, match=message):
+        call()
 
 
 @pytest.mark.skipif(INTERPRETED, reason="compositions: nothing of theirs is a kernel")

@@ -410,6 +410,8 @@ BAD = [
     ),
     (lambda: bn_adapt(X, C3, C3, mode="best"), ValueError, "mode: expected one of"),
     (lambda: bn_adapt(X, C3, C3, momentum=-1), ValueError, "momentum: expected a finite"),
+    (lambda: bn_adapt(X, C3[:2], C3), ValueError, "running_mean: expected shape"),
+    (lambda: bn_adapt(X, C3, [1.0], mode="ema"), TypeError, "running_var: expected a torch"),
     (lambda: domain_batch_norm(X, D2, W2, None), ValueError, "running_mean: expected"),
     (lambda: domain_batch_norm(X, D2, None, None), ValueError, "domains: expected a positive"),
     (lambda: domain_batch_norm(X, D2[:1], W2, None, W2, W2), ValueError, "domain: expected shape"),

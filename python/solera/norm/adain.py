@@ -351,7 +351,18 @@ def attn_inject(
     `adaptive_instance_norm(content, style, eps=0.0)`.
     """
     _check.tensor("content_query", content_query, min_dim=2)
-    _check.like("stylized_query", stylized_query, content_query.shape, content_query)
+    _check.like(
+        "stylized_query", stylized_query, content_query.shape, content_query, "content_query"
+    )
+    key = _check.tensor("style_key", style_key, min_dim=2)
+    value = _check.tensor("style_value", style_value, min_dim=2)
+    tokens, width = key.shape[-2], content_query.shape[-1]
+    for name, t, last in (
+        ("style_key", key, (tokens, width)),
+        ("style_value", value, (tokens, value.shape[-1])),
+    ):
+        _check.like(name, t, (*t.shape[:-2], *last), content_query, "content_query")
+        _check.product_dtype(name, t, content_query, "content_query")
     gamma = _check.number("gamma", gamma)
     temperature = _check.number("temperature", temperature)
     query = gamma * content_query + (1 - gamma) * stylized_query

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import without_autocast
 from .moments2 import class_moments, covariance, gram_pairs, indices
 
 
@@ -165,7 +166,8 @@ def linear_cka(x: Tensor, y: Tensor) -> Tensor:
     b = y.to(a.dtype)
     a, b = a - a.mean(0), b - b.mean(0)
     norm = torch.linalg.matrix_norm
-    return norm(a.mT @ b).square() / (norm(a.mT @ a) * norm(b.mT @ b))
+    with without_autocast(x):
+        return norm(a.mT @ b).square() / (norm(a.mT @ a) * norm(b.mT @ b))
 
 
 def class_gaussian_sample(
@@ -227,6 +229,8 @@ def gnb_logits(
     _check.tensor("x", x, dim=2)
     means = _means(x, means)
     _check.like("variances", variances, tuple(means.shape), means, "means")
+    if log_prior is not None:
+        _check.like("log_prior", log_prior, means.shape[:1], means, "means")
     inverse = 1.0 / variances.to(means.dtype)
     centre = means.mean(0)
     a, m = x.to(means.dtype) - centre, means - centre
@@ -357,6 +361,7 @@ def indexed_stats_update_(
     for name, t in (("mean", mean), ("squares", squares)):
         _check.like(name, t, tuple(count.shape), count, "count")
     _check.tensor("value", value, dim=1)
+    indices("index", index, value.shape, value)
     n, m, v = class_moments(value[:, None], index, count.shape[0], covariance=False, correction=0)
     new = n.to(count.dtype)
     total = (count + new).clamp_min(1)
@@ -403,6 +408,9 @@ def iter_proto_adapt(
     """
     _check.tensor("support", support, dim=3)
     _check.tensor("query", query, dim=3)
+    episodes, _, columns = support.shape
+    _check.like("query", query, (episodes, query.shape[1], columns), support, "support")
+    _check.product_dtype("query", query, support, "support")
     indices("labels", labels, support.shape[:2], support)
     unit = torch.nn.functional.normalize
     s, q = unit(support, dim=-1), unit(query, dim=-1)
@@ -425,9 +433,21 @@ def attenuated_cosine_score(
 
     Shapes: -> (scores (B,), predicted (B,) int64).
 
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit.
+
     Source: "COSTARR: Consolidated Open Set Technique with Attenuation for Robust Recognition", 2025; the product
     with the logit derived from the abstract. Composition.
     """
+    _check.tensor("x", x, dim=2)
+    _check.tensor("weight", weight, dim=2)
+    rows, columns = x.shape
+    classes = weight.shape[0]
+    _check.like("weight", weight, (classes, columns), x)
+    _check.tensor("logits", logits, dim=2)
+    _check.like("logits", logits, (rows, classes), x)
+    _check.tensor("means", means, dim=2)
+    _check.like("means", means, (classes, 2 * columns), x)
     best, predicted = logits.max(1)
     both = torch.cat([x, x * weight[predicted]], 1)
     return best * torch.cosine_similarity(both, means[predicted], dim=1), predicted
@@ -438,9 +458,19 @@ def masked_mix(x1: Tensor, x2: Tensor, mask: Tensor) -> Tensor:
 
     Shapes: mask broadcasts against x1 and x2, bool or real -> their shape. Differentiable.
 
+    Raises:
+        TypeError: naming the argument whose dtype does not fit.
+
     Source: Chen et al., "ExcelFormer: Can a DNN be a Sure Bet for Tabular Prediction?", 2023. Composition.
     """
-    return torch.where(mask, x1, x2) if mask.dtype == torch.bool else torch.lerp(x2, x1, mask)
+    _check.tensor("x1", x1)
+    _check.tensor("x2", x2)
+    _check.same_dtype("x2", x2, x1, "x1")
+    return (
+        torch.where(mask, x1, x2)
+        if mask.dtype == torch.bool
+        else torch.lerp(x2, x1, mask.to(x1.dtype))
+    )
 
 
 def prototype_drift(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float) -> Tensor:
@@ -449,10 +479,22 @@ def prototype_drift(old: Tensor, new: Tensor, prototypes: Tensor, sigma: float) 
 
     A softmax over the samples, so far prototypes do not divide 0 by 0.
 
-    Shapes: old, new (N, D), prototypes (C, D) -> (C, D). Differentiable.
+    Shapes: old, new (N, D), prototypes (C, D) -> (C, D) of old's dtype. Differentiable.
+
+    Raises:
+        ValueError, TypeError: naming the argument that does not fit.
 
     Source: "Semantically-Shifted Incremental Adapter-Tuning is A Continual ViTransformer", 2024; the weights as
     in Yu et al., "Semantic Drift Compensation", 2020. Composition.
     """
-    distance = torch.cdist(prototypes, old, compute_mode="donot_use_mm_for_euclid_dist").square()
-    return torch.softmax(-distance / (2 * sigma * sigma), 1) @ (new - old)
+    _check.tensor("old", old, dim=2)
+    _check.like("new", new, tuple(old.shape), old, "old")
+    _check.tensor("prototypes", prototypes, dim=2)
+    _check.like("prototypes", prototypes, (prototypes.shape[0], old.shape[1]), old, "old")
+    sigma = _check.number("sigma", sigma, low=0.0)
+    acc = accumulate_type(old)
+    p, before, after = (t.to(acc) for t in (prototypes, old, new))
+    distance = torch.cdist(p, before, compute_mode="donot_use_mm_for_euclid_dist").square()
+    with without_autocast(old):
+        drift = torch.softmax(-distance / (2 * sigma * sigma), 1) @ (after - before)
+    return drift.to(old.dtype)

@@ -32,11 +32,13 @@ def _alpha(mean, var, source_mean, source_var, weight, bias, *, source_weight, f
     return affine_of(center, spread, weight, bias, eps)
 
 
-def _alpha_norm(x, source_mean, source_var, weight, bias, source_weight, eps, correction):
+def _alpha_norm(
+    x, source_mean, source_var, weight, bias, source_weight, eps, correction, name="source"
+):
     """(y, mean, var): the moments (C,) are the batch's, the variance with its correction."""
     _check.tensor("x", x, min_dim=2)
-    for name, value in (("source_mean", source_mean), ("source_var", source_var)):
-        _check.like(name, value, x.shape[1:2], x)
+    for part, value in (("mean", source_mean), ("var", source_var)):
+        _check.like(f"{name}_{part}", value, x.shape[1:2], x)
     for name, value in (("weight", weight), ("bias", bias)):
         if value is not None:
             _check.like(name, value, x.shape[1:2], x)
@@ -130,15 +132,25 @@ def bn_adapt(
     _check.choice("mode", mode, MODES)
     momentum = _check.number("momentum", momentum, low=0.0, high=1.0)
     source_weight = {"source": 1.0, "batch": 0.0}.get(mode, 1.0 - momentum)
-    if x.numel() > 0 and mode == "ema":
+    if _check.tensor("x", x, min_dim=2).numel() > 0 and mode == "ema":
         # The mixture overwrites the running statistics: backward needs their old values.
-        old = running_mean.clone(), running_var.clone()
-        y, mean, var = _alpha_norm(x, *old, weight, bias, source_weight, eps, correction)
+        copy = lambda t: t.clone() if isinstance(t, Tensor) else t  # the check's to refuse
+        y, mean, var = _alpha_norm(
+            x,
+            copy(running_mean),
+            copy(running_var),
+            weight,
+            bias,
+            source_weight,
+            eps,
+            correction,
+            name="running",
+        )
         update_running(running_mean, mean, momentum)
         update_running(running_var, var, momentum)
         return y
     return _alpha_norm(
-        x, running_mean, running_var, weight, bias, source_weight, eps, correction
+        x, running_mean, running_var, weight, bias, source_weight, eps, correction, name="running"
     )[0]  # fmt: skip
 
 

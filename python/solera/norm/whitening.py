@@ -119,17 +119,34 @@ def _centred_product(x: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-def _fits(x: object, mean: Tensor, weight: Tensor, weight_name: str) -> Tensor:
-    x = _check.tensor("x", x, dim=2)
+def _fits(x_name: str, x: object, mean: object, weight_name: str, weight: object) -> Tensor:
+    x = _check.tensor(x_name, x, dim=2)
+    mean, weight = _check.tensor("mean", mean), _check.tensor(weight_name, weight, dim=2)
+    columns = x.shape[1]
+    # A fit over a MomentAccumulator is in float64 and goes with any x.
     for name, t, shape in (
-        ("mean", mean, x.shape[1:]),
-        (weight_name, weight, (x.shape[1], *weight.shape[1:])),
+        ("mean", mean, (columns,)),
+        (weight_name, weight, (columns, weight.shape[1])),
     ):
         if t.shape != shape or t.device != x.device:
             raise ValueError(
-                f"{name}: expected shape {tuple(shape)} on {x.device} to go with x of shape "
+                f"{name}: expected shape {tuple(shape)} on {x.device} to go with {x_name} of shape "
                 f"{tuple(x.shape)}, got {tuple(t.shape)} on {t.device}"
             )
+    return x
+
+
+def _phi_fits(name: str, x: object, mean: object, rotation: Tensor, scale: Tensor) -> Tensor:
+    x = _fits(name, x, mean, "rotation", rotation)
+    if rotation.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"rotation: expected shape {(x.shape[1], x.shape[1])} to go with {name} of shape "
+            f"{tuple(x.shape)}, got {tuple(rotation.shape)}"
+        )
+    if _check.tensor("scale", scale).dim() != 0 or scale.device != x.device:
+        raise ValueError(
+            f"scale: expected shape () on {x.device}, got {tuple(scale.shape)} on {scale.device}"
+        )
     return x
 
 
@@ -147,7 +164,7 @@ def whiten_apply(x: Tensor, mean: Tensor, weight: Tensor) -> Tensor:
 
     Source: Huang et al., "WhiteningBERT", 2021.
     """
-    return _centred_product(_fits(x, mean, weight, "weight"), mean, weight)
+    return _centred_product(_fits("x", x, mean, "weight", weight), mean, weight)
 
 
 def phi_standardize_fit(x: Tensor | MomentAccumulator) -> tuple[Tensor, Tensor, Tensor]:
@@ -188,7 +205,8 @@ def phi_standardize(x: Tensor, mean: Tensor, rotation: Tensor, scale: Tensor) ->
 
     Source: Ranzinger et al., "PHI-S", 2024. Composition.
     """
-    return _centred_product(_fits(x, mean, rotation, "rotation"), mean, rotation.mT / scale)
+    x = _phi_fits("x", x, mean, rotation, scale)
+    return _centred_product(x, mean, rotation.mT / scale)
 
 
 def phi_standardize_invert(y: Tensor, mean: Tensor, rotation: Tensor, scale: Tensor) -> Tensor:
@@ -201,7 +219,7 @@ def phi_standardize_invert(y: Tensor, mean: Tensor, rotation: Tensor, scale: Ten
 
     Source: Ranzinger et al., "PHI-S", 2024. Composition.
     """
-    y = _fits(y, mean, rotation, "rotation")
+    y = _phi_fits("y", y, mean, rotation, scale)
     acc = accumulate_type(y)
     return torch.addmm(mean.to(acc), y.to(acc), (rotation * scale).to(acc)).to(y.dtype)
 
