@@ -157,5 +157,6 @@ def test_a_layer_with_a_state_for_every_sample():
 
     agrees_with_formula(ours, want, tensors)
     differentiates_in_one_direction(ours, (tensors[0][:, :1], *tensors[1:]))
+    assert ours(tensors[0][:0], *tensors[1:3], tensors[3][:0], *tensors[4:]).shape == (0, 4, 5)
     with pytest.raises(ValueError, match=r"state: expected shape \(2, 3, 2\)"):
         fastweight_lora_linear(*tensors[:3], tensors[3][:1], tensors[4])

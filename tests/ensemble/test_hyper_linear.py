@@ -183,6 +183,14 @@ def test_bad_input(changes, error, message):
         hyper_linear(**arguments)
 
 
+def test_a_mixture_of_dtypes_is_autocasts_alone():
+    x, *rest = (t.detach() for t in make(4, 5, 6, 2))
+    with pytest.raises(TypeError, match=r"weight: expected torch\.bfloat16"):
+        hyper_linear(x.bfloat16(), *rest)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        assert hyper_linear(x.bfloat16(), *rest).dtype == torch.bfloat16
+
+
 @pytest.mark.no_interpreter
 @pytest.mark.parametrize("bias", [True, False])
 def test_modules(bias):

@@ -202,6 +202,10 @@ def test_hedged_embeddings():
     for k, m in itertools.product(range(2), range(5)):
         want = want + torch.sigmoid(-1.5 * (z1[:, k] - z2[:, m]).norm(dim=-1) + 0.3) / 10
     close(pairwise_sigmoid_mean(z1, z2, 1.5, 0.3), want)
+    half = pairwise_sigmoid_mean(z1.bfloat16(), z2.bfloat16(), 1.5, 0.3)
+    close(half, want.bfloat16(), rtol=3e-2, atol=1e-2)
+    with pytest.raises(TypeError, match=r"prompts: expected torch\.float64"):
+        prompt_ensemble_logits(randn(2, 3, dtype=torch.float64), randn(4, 5, 3))
 
 
 def test_energy_hinge():

@@ -234,6 +234,16 @@ def bad(call, error, message):
         bad(lambda: fanout_scale_grad(randn(2), 0), ValueError, "heads: expected a positive"),
         bad(lambda: gated_mix(randn(3, 2, 4), randn(3, 2)), ValueError, "gates: expected shape"),
         bad(lambda: dual_head_linear(randn(2, 3), randn(3, 4, 3)), ValueError, "weight: expected shape"),
+        bad(
+            lambda: dual_head_linear(randn(2, 3).bfloat16(), randn(2, 4, 3)),
+            TypeError,
+            "weight: expected torch.bfloat16",
+        ),
+        bad(
+            lambda: mixing_gate(randn(4, 3), randn(2, 3).bfloat16()),
+            TypeError,
+            "weight: expected torch.float32",
+        ),
         bad(lambda: binary_kl_norm(randn(2, 3), randn(2, 3), 0.0), ValueError, "tau: expected a positive"),
     ],
 )  # fmt: skip

@@ -127,7 +127,8 @@ def fastweight_lora_linear(
     x = autocast(x)
     acc = accumulate_type(x)
     rows = x.reshape(x.shape[:-1].numel(), inner)
-    z = torch.nn.functional.linear(x.to(acc), a1.to(acc)).reshape(samples, -1, a1.shape[0])
+    each = x.shape[1:-1].numel()  # rows of a sample
+    z = torch.nn.functional.linear(x.to(acc), a1.to(acc)).reshape(samples, each, a1.shape[0])
     z = torch.bmm(z, state.to(acc)).reshape(rows.shape[0], b.shape[1])
     branch = torch.nn.functional.linear(z, b.to(acc))
     y = shared_linear(rows, weight, bias) + (scaling * branch).to(x.dtype)

@@ -122,10 +122,13 @@ def _check_layer(x, h, weight, hyper_weight, hyper, bias, hyper_bias, scale) -> 
             f"shape {tuple(x.shape)}"
         )
     _check.like("weight", weight, tuple(weight.shape), x)
+    _check.product_dtype("weight", weight, x)
     _check.like("hyper_weight", hyper_weight, tuple(weight.shape), x)
+    _check.product_dtype("hyper_weight", hyper_weight, x)
     for name, t in (("bias", bias), ("hyper_bias", hyper_bias)):
         if t is not None:
             _check.like(name, t, (outputs,), x)
+            _check.product_dtype(name, t, x)
     if isinstance(scale, Tensor):
         if scale.numel() != 1:
             raise ValueError(f"scale: expected one number, got shape {tuple(scale.shape)}")
@@ -136,8 +139,10 @@ def _check_layer(x, h, weight, hyper_weight, hyper, bias, hyper_bias, scale) -> 
         return
     _check.tensor("h", h, dim=2)
     _check.like("h", h, (x.shape[0], h.shape[1]), x)
+    _check.product_dtype("h", h, x)
     _check.tensor("hyper", hyper, dim=2)
     _check.like("hyper", hyper, (2 * outputs, h.shape[1]), x)
+    _check.product_dtype("hyper", hyper, x)
 
 
 def _scaled(weight: Tensor, bias: Tensor | None, scale: Tensor | float):

@@ -124,6 +124,9 @@ def mpo_linear(x: Tensor, left: Tensor, core: Tensor, right: Tensor) -> Tensor:
         raise ValueError(
             f"x: expected {inputs} features in the last dimension, got {tuple(x.shape)}"
         )
+    for name, t in (("left", left), ("core", core), ("right", right)):
+        _check.like(name, t, tuple(t.shape), x)
+        _check.product_dtype(name, t, x)
     h = x.unflatten(-1, inputs)
     h = torch.einsum("...abc,aop->...bcop", h, left)
     h = torch.einsum("...bcop,pbrq->...corq", h, core)

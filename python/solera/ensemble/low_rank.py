@@ -79,7 +79,7 @@ def melora_linear(
 def melora_merge_(weight: Tensor, a: Tensor, b: Tensor, *, scaling: float | Tensor = 1.0) -> Tensor:
     r"""Adds $s_i B_i A_i$ to the n diagonal blocks of weight (O, I), in place; returns weight.
 
-    Only the diagonal blocks are touched.
+    Only the diagonal blocks are touched. No gradient flows to a, b and scaling.
 
     Shapes: weight (O, I), a (n, r, I / n), b (n, O / n, r) -> weight.
 
@@ -255,6 +255,8 @@ def adapter_fusion(
             f"outputs: expected shape (K, {', '.join(map(str, query.shape))}), got "
             f"{tuple(outputs.shape)}"
         )
+    _check.like("outputs", outputs, tuple(outputs.shape), query, "query")
+    _check.product_dtype("outputs", outputs, query, "query")
     for name, t in (("w_query", w_query), ("w_key", w_key), ("w_value", w_value)):
         _check.like(name, t, (width, width), query, "query")
     if residual is not None:

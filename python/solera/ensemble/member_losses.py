@@ -238,6 +238,7 @@ def prompt_ensemble_logits(images: Tensor, prompts: Tensor, scale: float | Tenso
     _check.tensor("prompts", prompts, dim=3)
     sets, classes, width = prompts.shape
     _check.like("prompts", prompts, (sets, classes, images.shape[1]), images, "images")
+    _check.product_dtype("prompts", prompts, images, "images")
     if isinstance(scale, Tensor):
         _check.like("scale", scale, (), images, "images")
     else:

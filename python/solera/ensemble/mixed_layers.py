@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type
-from .._route import autocast_dtype, needs_graph, use_reference
+from .._route import autocast_dtype, needs_graph, use_reference, without_autocast
 from ..norm import batch_norm, l2_normalize
 from ..norm.grad_scale import grad_scale
 from ._members import cast_grad
@@ -39,6 +39,7 @@ def mixing_gate(x: Tensor, weight: Tensor, epsilon: float = 0.0) -> Tensor:
     _check.tensor("x", x, min_dim=1)
     _check.tensor("weight", weight, dim=2)
     _check.like("weight", weight, (weight.shape[0], x.shape[-1]), x)
+    _check.product_dtype("weight", weight, x)
     epsilon = _check.number("epsilon", epsilon, low=0.0, high=1.0)
     gate = F.linear(x, weight).softmax(-1)
     return (1 - epsilon) * gate + epsilon / weight.shape[0]
@@ -47,7 +48,7 @@ def mixing_gate(x: Tensor, weight: Tensor, epsilon: float = 0.0) -> Tensor:
 def _mixture_reference(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None) -> Tensor:
     acc = accumulate_type(x)
     g = gate.to(acc)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         y = torch.einsum("tk,koi,ti->to", g, weight.to(acc), x.to(acc))
         y = y if bias is None else y + g @ bias.to(acc)
     return y.to(x.dtype)
@@ -140,7 +141,7 @@ def mixture_linear(x: Tensor, weight: Tensor, gate: Tensor, bias: Tensor | None 
         return _mixture_reference(x, weight, gate, bias).view(shape)
     if needs_graph(x, weight, gate, bias):
         return _MixtureLinear.apply(x, weight, gate, bias).view(shape)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         return _MixtureLinear.forward(_Nothing(), x, weight, gate, bias).view(shape)
 
 
@@ -378,8 +379,10 @@ def dual_head_linear(
     _check.tensor("x", x, dim=2)
     _check.tensor("weight", weight, dim=3)
     _check.like("weight", weight, (2, weight.shape[1], x.shape[1]), x)
+    _check.product_dtype("weight", weight, x)
     if bias is not None:
         _check.like("bias", bias, (2, weight.shape[1]), x)
+        _check.product_dtype("bias", bias, x)
         bias = bias.flatten()
     first, second = F.linear(x, weight.flatten(0, 1), bias).chunk(2, 1)
     return first, second

@@ -90,6 +90,9 @@ def prototype_calibrate(
     """
     alpha = _check.number("alpha", alpha, low=0.0, high=1.0)
     temperature = _check.number("temperature", temperature, low=0.0)
+    _check.tensor("new", new, dim=2)
+    _check.tensor("base", base, dim=2)
+    _check.like("base", base, (base.shape[0], new.shape[1]), new, "new")
     weight = cosine_logits(new, base, temperature).softmax(1)
     return alpha * new + (1 - alpha) * (weight @ base.to(new.dtype))
 
@@ -145,6 +148,9 @@ def prototype_complement(
     temperature = _check.number("temperature", temperature, low=0.0)
     if temperature == 0.0:
         raise ValueError("temperature: expected a positive number, got 0")
+    _check.tensor("old", old, dim=2)
+    _check.tensor("new", new, dim=2)
+    _check.like("new", new, (new.shape[0], old.shape[1]), old, "old")
     weight = cosine_logits(old, new, 1 / temperature).softmax(1)
     p = _check.tensor("new_in_new", new_in_new, dim=2)
     _check.like("new_in_new", p, (weight.shape[1], p.shape[1]), old, "old")
