@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import DEVICE, randn
+from helpers import DEVICE, assert_accurate, randn
 
 from solera.ensemble import (
     crps_ensemble,
@@ -143,6 +143,15 @@ def test_log_mean_softmax_stays_in_the_log_domain():
     z = randn(4, 2, 6)
     close(ensemble_mean_prob(z, w), (w[:, None] * z.softmax(-1)).sum(1))
     close(log_mean_softmax([z[:, 0], z[:, 1]], w).exp(), ensemble_mean_prob(z, w))
+    close(ensemble_mean_prob(z, 4 * w), ensemble_mean_prob(z, w))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weighted_mean_probability_is_rounded_once(dtype):
+    z, w = randn(8, 4, 500, dtype=dtype), torch.tensor([0.1, 0.2, 0.3, 0.4], device=DEVICE)
+    want = (w.double()[:, None] * z.double().softmax(-1)).sum(1)
+    assert_accurate(ensemble_mean_prob(z, w), want)
+    assert_accurate(ensemble_mean_prob(list(z.unbind(1)), w), want)
 
 
 def test_late_fusion_of_scores_and_scaled_residual():

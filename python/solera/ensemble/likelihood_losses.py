@@ -44,8 +44,9 @@ def self_distillation_loss(
     y = labels("target", target, x.shape[:-1], x.shape[-1], x.device, ignore_index)
     flat = x.reshape(y.shape[0], x.shape[-1])
     hard = -mixture_scores((flat,), y)[0]
-    if not isinstance(past_logits, Tensor) or past_logits.shape != x.shape:
-        raise ValueError(f"past_logits: expected a tensor of shape {tuple(x.shape)}")
+    _check.tensor("past_logits", past_logits)
+    _check.like("past_logits", past_logits, tuple(x.shape), x, "logits")
+    _check.same_dtype("past_logits", past_logits, x, "logits")
     past = past_logits.detach().reshape(flat.shape)
     soft = ensemble_distillation_loss(flat, [past], reduction="none")
     each = (1 - alpha) * hard + alpha * soft.to(hard.dtype)

@@ -176,7 +176,7 @@ def log_mean_softmax(
 
     Args:
         logits: (B, K, C), or as in `ensemble_cross_entropy`.
-        weights: (K,) or (B, K), not negative; None for 1/K each.
+        weights: (K,) or (B, K), not negative, counted relative to their sum; None for 1/K each.
 
     Shapes: (B, K, C) -> (B, C), in the logits' dtype.
 
@@ -203,7 +203,7 @@ def ensemble_mean_prob(
 
     Args:
         logits: (B, K, C), or as in `ensemble_cross_entropy`.
-        weights: (K,) or (B, K), not negative; None for 1/K each.
+        weights: (K,) or (B, K), not negative, counted relative to their sum; None for 1/K each.
 
     Shapes: (B, K, C) -> (B, C), in the logits' dtype.
 
@@ -214,7 +214,13 @@ def ensemble_mean_prob(
     """
     if weights is None:
         return ensemble_statistics(logits, outputs=("mean",), member_dim=member_dim)["mean"]
-    return log_mean_softmax(logits, weights, member_dim=member_dim).exp()
+    members = member_logits(logits, member_dim)
+    if members.first.dtype.itemsize > 2:
+        return log_mean_softmax(logits, weights, member_dim=member_dim).exp()
+    # Through float32: a logarithm rounded to half precision has lost digits of the probability.
+    wide = logits.float() if isinstance(logits, Tensor) else [t.float() for t in logits]
+    p = log_mean_softmax(wide, weights, member_dim=member_dim).exp()
+    return p.to(members.first.dtype)
 
 
 def prompt_ensemble_logits(images: Tensor, prompts: Tensor, scale: float | Tensor = 1.0) -> Tensor:
