@@ -404,6 +404,9 @@ def test_module_is_the_papers_layer():
         wrapped = solera.nn.HyperConnections(4, dim=16, branch=torch.nn.Linear(16, 16)).to(DEVICE)
         for clone in (copy.deepcopy(wrapped), pickle.loads(pickle.dumps(wrapped))):
             assert torch.equal(clone(streams), wrapped(streams))
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):  # the branch returns bfloat16
+            mixed = wrapped(streams)
+        torch.testing.assert_close(mixed, wrapped(streams), rtol=5e-2, atol=5e-2)
     with pytest.raises(ValueError, match="residuals: expected a batch"):
         layer(randn(3, 5, 16))
 

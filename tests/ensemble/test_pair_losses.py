@@ -204,6 +204,8 @@ def test_module():
     assert all(p.grad is not None for p in module.parameters())
     for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert torch.equal(other(z1, z2), loss)
+    half = copy.deepcopy(module).bfloat16()(z1.detach().bfloat16(), z2.bfloat16())
+    torch.testing.assert_close(half.float(), loss.detach(), rtol=5e-2, atol=5e-2)
     with torch.autocast(DEVICE, dtype=torch.bfloat16):
         assert torch.equal(module(z1, z2), loss)
     assert module(z1.half(), z2.half()).dtype == torch.float32

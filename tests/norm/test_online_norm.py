@@ -395,6 +395,22 @@ def test_modules(ecm):
     assert OnlineNorm1d(3, affine=False).weight is None
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_in_another_dtype_keeps_its_state(dtype):
+    layer = OnlineNorm1d(6).to(DEVICE)
+    layer(randn(8, 6) + 3)
+    before = {name: t.clone() for name, t in layer.norm.named_buffers()}
+    x = randn(4, 6, dtype=dtype, grad=True)
+    layer.to(dtype)
+    assert layer.weight.dtype == dtype
+    for name, t in layer.norm.named_buffers():
+        assert t.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert torch.equal(t.float(), before[name])
+    y = layer(x)
+    assert y.dtype == dtype
+    y.sum().backward()
+
+
 def test_autocast_keeps_the_input_dtype():
     layer = OnlineNorm1d(6).to(DEVICE)
     with torch.autocast(DEVICE, torch.bfloat16):

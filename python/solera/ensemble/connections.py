@@ -46,7 +46,7 @@ from torch import Tensor
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import autocast_enabled, needs_graph, use_reference
 from ._connections import (
     FIXED,
     HYPER,
@@ -240,6 +240,8 @@ class _Layout:
     def out(self, out: object, beta: object) -> tuple[Tensor, Tensor]:
         _check.like("out", out, (*self.tokens, self.width), self.H, "H")
         assert isinstance(out, Tensor)
+        if autocast_enabled(self.H):  # the layer ended in a product; the streams keep their dtype
+            out = out.to(self.H.dtype)
         _check.same_dtype("out", out, self.H, "H")
         _check.like("beta", beta, (*self.tokens, self.streams), self.H, "H")
         assert isinstance(beta, Tensor)

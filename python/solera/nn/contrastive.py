@@ -50,8 +50,11 @@ class MultiHeadContrastiveLoss(nn.Module):
             raise ValueError(
                 f"z1: expected shape (B, {self.num_heads}, {self.dim}), got {tuple(z1.shape)}"
             )
+        phi = self.temperature.phi
+        dtype = next(phi.parameters()).dtype
+        own = lambda z: phi(z.to(dtype))  # z comes in the accumulator's
         return multi_head_contrastive_loss(
-            z1, z2, self.temperature.phi, tau_min=self.tau_min, tau_max=self.tau_max,
+            z1, z2, own, tau_min=self.tau_min, tau_max=self.tau_max,
             beta=self.beta, top_k=self.topk,
         )  # fmt: skip
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -23,6 +25,16 @@ class _Norm(torch.nn.Module):
         super().__init__()
         for name, value in (("m", 0.0), ("var", 1.0), ("u", 0.0), ("v", 0.0)):
             self.register_buffer(name, torch.full((num_features,), value))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> _Norm:
+        """As every conversion, but the state stays in float32 where the model goes to half precision."""
+        before = dict(self.named_buffers())
+        super()._apply(fn, recurse)
+        for name, old in before.items():
+            new = getattr(self, name)
+            if new.dtype.itemsize == 2:
+                setattr(self, name, old.to(new.device))
+        return self
 
     def state(self) -> OnlineNormState:
         return OnlineNormState(self.m, self.var, self.u, self.v)
