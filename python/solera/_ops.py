@@ -247,6 +247,41 @@ def _(x, weight, target, label, scale, extra, row_weight, need_x, need_weight):
     return tuple(x.new_empty(shape, dtype=acc) for shape in shapes)
 
 
+# ---- norm.class_softmax ------------------------------------------------------------------------------
+
+# For half-precision tensors on the CPU only, so without a Triton kernel: a GPU multiplies halves itself, and
+# takes the loop above. x (B, d), weight (C, d); cosines (C, B rounded up) int16; the rest (B,) or (C,) float32.
+
+
+@op(
+    "norm.class_softmax",
+    "class_statistics(Tensor x, Tensor weight, Tensor target, Tensor scale, Tensor row_inverse,"
+    " Tensor class_inverse, bool keep) -> (Tensor others, Tensor mean, Tensor cosines)",
+    composed=True,
+)
+def _(x, weight, target, scale, row_inverse, class_inverse, keep):
+    from .norm.class_softmax import padded
+
+    rows = x.new_empty(x.shape[0], dtype=torch.float32)
+    shape = (weight.shape[0] if keep else 0, padded(x.shape[0]))
+    return rows, torch.empty_like(rows), x.new_empty(shape, dtype=torch.int16)
+
+
+@op(
+    "norm.class_softmax",
+    "class_gradient(Tensor x, Tensor weight, Tensor target, Tensor cosines, Tensor scale, Tensor row_inverse,"
+    " Tensor class_inverse, Tensor others, Tensor share, Tensor label, bool need_x, bool need_weight)"
+    " -> (Tensor dx, Tensor dweight)",
+    composed=True,
+)
+def _(x, weight, *rest):
+    *_, need_x, need_weight = rest
+    return (
+        x.new_empty(x.shape if need_x else (0,)),
+        weight.new_empty(weight.shape if need_weight else (0,)),
+    )
+
+
 # ---- norm.row_dots -----------------------------------------------------------------------------------
 
 # x (N, D), y (M, D); index (N,) int64 names the row of y beside each row of x (negative: none), None pairs

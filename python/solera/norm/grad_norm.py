@@ -123,6 +123,8 @@ def tensor_list(name: str, value: object, like: Sequence[Tensor] | None = None) 
         )
     if like is not None and len(tensors) != len(like):
         raise ValueError(f"{name}: expected {len(like)} tensors, got {len(tensors)}")
+    first = (tensors if like is None else like)[0] if tensors else None
+    device = first.device if isinstance(first, Tensor) else None
     for index, t in enumerate(tensors):
         if not isinstance(t, Tensor):
             raise TypeError(f"{name}[{index}]: expected a torch.Tensor, got {type(t).__name__}")
@@ -131,10 +133,9 @@ def tensor_list(name: str, value: object, like: Sequence[Tensor] | None = None) 
                 f"{name}[{index}]: expected a dense tensor of float32, float64, bfloat16 or float16, "
                 f"got {t.dtype}, layout {t.layout}"
             )
-        if t.device != (tensors if like is None else like)[0].device:
-            first = (tensors if like is None else like)[0].device
+        if t.device != device:
             raise ValueError(
-                f"{name}[{index}]: expected device {first} (that of the first), got {t.device}"
+                f"{name}[{index}]: expected device {device} (that of the first), got {t.device}"
             )
         if like is not None and t.shape != like[index].shape:
             raise ValueError(
@@ -164,9 +165,9 @@ def with_grads(parameters: object) -> tuple[list[Tensor], list[Tensor]]:
     for index, p in enumerate(every):
         if not isinstance(p, Tensor):
             raise TypeError(f"parameters[{index}]: expected a torch.Tensor, got {type(p).__name__}")
-    live = [p for p in every if p.grad is not None]
+    pairs = [(p, g) for p in every if (g := p.grad) is not None]
+    live, grads = [p for p, _ in pairs], [g for _, g in pairs]
     weights = tensor_list("parameters", [p.detach() for p in live])
-    grads = [p.grad for p in live]
     if not grads:
         return [], []
     tensor_list("gradient", grads, weights)

@@ -14,7 +14,9 @@ $$\mathrm{d}x = \frac{d - \hat x\,(\hat x\cdot d)}{\|x\|},\ d = G W;\qquad
   \mathrm{d}w_k = e_k - \hat w_k(\hat w_k\cdot e_k),\ e = G^\top \hat x,$$
 
 G the gradient to the raw product. At the label $G$ holds $-s\,\sigma_b\,g'(\cos_{by})/\|w_y\|$, with
-$\sigma_b$ the mass outside the label. Memory beyond the gradients: one chunk, R x C.
+$\sigma_b$ the mass outside the label. Memory beyond the gradients: one chunk, R x C. A half-precision
+weight on the CPU, whose gradient would be summed in float32 from chunk to chunk, is taken by blocks of classes
+instead (`class_softmax`): the forward pass keeps the cosines in int16, and backward makes the gradients.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
 from .._route import use_reference, without_autocast
+from . import class_softmax
 from ._labels import REDUCTIONS, labels
 from .logit_norm import SOFTMAX
 from .margins import CosFace, MadaCos
@@ -40,9 +43,7 @@ _op = torch.ops.solera
 Margin = Callable[[Tensor, Tensor], Tensor]
 
 CHUNK_ELEMENTS = 10 << 20  # of a chunk of logits, 40 MiB in float32
-WIDENED_ELEMENTS = (
-    20 << 20
-)  # the same where a half-precision weight is widened for every chunk anew
+WIDENED_ELEMENTS = 20 << 20  # the same where a half's weight is widened for every chunk anew
 LEAST_ROWS = 64  # below that a product is slower than the memory it saves is worth
 COLUMNS = 8192  # rows of a half-precision weight widened at a time
 EPS = 1e-12  # lengths below it count as it, as in torch.nn.functional.normalize
@@ -135,6 +136,25 @@ class _Head:
     def _statistics(self, logits: Tensor, target: Tensor, scales: Tensor):
         return _op.logit_statistics(logits, target, scales, self.w_inverse, None, 0.0, SOFTMAX)
 
+    def losses(self, part: slice, others, negatives) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses of these rows; and, for their gradient, the label's gap and the log of everything else."""
+        total = _log_sum(self.scale, others, negatives)
+        gap = self.scale * self.label[part] - total
+        return torch.where(self.target[part] >= 0, -F.logsigmoid(gap), 0.0), gap, total
+
+    def shares(self, part: slice, others, mean, negatives, gap, total, row_weight) -> tuple:
+        """(share of the other classes, dlabel, dextra, dscale) of sum(row_weight * losses) over these rows."""
+        s = self.scale
+        outside = torch.where(self.target[part] >= 0, row_weight * torch.sigmoid(-gap), 0.0)
+        share = outside * torch.exp(others - total)
+        dscale = (share * mean - outside * self.label[part]).sum()
+        dextra = None
+        if negatives is not None:
+            p = outside[:, None] * torch.exp(s * negatives - total[:, None])
+            dextra = s * p
+            dscale = dscale + (p * negatives).sum()
+        return share, -s * outside, dextra, dscale
+
     def run(self, extra: Tensor | None, row_weight: Tensor | None, need_x: bool, need_weight: bool):
         """(losses, dx, dweight, dextra, dscale, dlabel) of sum(row_weight * losses); None where not asked for.
 
@@ -148,26 +168,21 @@ class _Head:
         dextra = None if extra is None or not grads else torch.empty_like(extra)
         dscale = self.x_hat.new_zeros(())
         buffer = self.x_hat.new_empty(min(rows, self.rows), width, dtype=self.dtype)
-        s = self.scale
         for first in range(0, rows, self.rows):
             part = slice(first, min(first + self.rows, rows))
             x_hat, y, scales = self.x_hat[part], self.target[part], self.scales[part]
             logits = self._logits(x_hat, buffer)
             others, mean, _, _ = self._statistics(logits, y, scales)
             negatives = None if extra is None else extra[part]
-            total = _log_sum(s, others, negatives)
-            gap = s * self.label[part] - total
-            losses[part] = torch.where(y >= 0, -F.logsigmoid(gap), 0.0)
+            losses[part], gap, total = self.losses(part, others, negatives)
             if row_weight is None:
                 continue
-            outside = torch.where(y >= 0, row_weight[part] * torch.sigmoid(-gap), 0.0)
-            dlabel[part] = -s * outside
-            share = outside * torch.exp(others - total)
-            dscale = dscale + (share * mean - outside * self.label[part]).sum()
-            if negatives is not None and dextra is not None:
-                p = outside[:, None] * torch.exp(s * negatives - total[:, None])
-                dextra[part] = s * p
-                dscale = dscale + (p * negatives).sum()
+            share, dlabel[part], dnegatives, more = self.shares(
+                part, others, mean, negatives, gap, total, row_weight[part]
+            )
+            dscale = dscale + more
+            if dextra is not None:
+                dextra[part] = dnegatives
             if not (need_x or need_weight):
                 continue
             label = dlabel[part] * self.slope[part]
@@ -187,6 +202,27 @@ class _Head:
                     dweight.addmm_(logits.t(), operand)
         del buffer
         return losses, self._dx(dx_hat), self._dweight(dweight), dextra, dscale, dlabel
+
+    def statistics_by_class(self, x: Tensor, keep: bool):
+        """`class_softmax`'s first pass: others, mean, and the cosines its second one reads."""
+        return _op.class_statistics(
+            x, self.weight, self.target, self.scales, 1 / self.x_norm, self.w_inverse, keep
+        )
+
+    def gradients_by_class(
+        self, x, weight, others, mean, cosines, extra, row_weight, need_x: bool, need_weight: bool
+    ):
+        """[dx, dweight, dextra, dscale] of sum(row_weight * losses), the first two in their tensors' dtype."""
+        every = slice(None)
+        now = self.losses(every, others, extra)[1:]
+        share, dlabel, dextra, dscale = self.shares(every, others, mean, extra, *now, row_weight)
+        dx = dweight = None
+        if need_x or need_weight:
+            dx, dweight = _op.class_gradient(
+                x, weight, self.target, cosines, self.scales, 1 / self.x_norm, self.w_inverse,
+                others, share, dlabel * self.slope, need_x, need_weight,
+            )  # fmt: skip
+        return [dx if need_x else None, dweight if need_weight else None, dextra, dscale]
 
     def _dx(self, d: Tensor | None) -> Tensor | None:
         if d is None:
@@ -253,22 +289,29 @@ class _NormalizedSoftmax(torch.autograd.Function):
         need_x, need_weight, _, _ = ctx.needs_input_grad[:4]
         with without_autocast(x):
             head = _Head(x, weight, target, scale, margin)
-            row_weight = None
+            row_weight, grads = None, None
+            by_class: tuple = ()
             if reduction != "none":
                 row_weight = _row_weights(target, reduction, head.x_hat.dtype)
-            losses, *grads, _ = head.run(extra, row_weight, need_x, need_weight)
+            if class_softmax.suits(x, weight):
+                by_class = head.statistics_by_class(x, need_x or need_weight)
+                losses = head.losses(slice(None), by_class[0], extra)[0]
+                ctx.head = head
+                del head.weight, head.x_hat  # saved below as what they are, or not needed again
+            else:
+                losses, *grads, _ = head.run(extra, row_weight, need_x, need_weight)
         # Not a saved tensor: nobody else may hold this one, for backward scales it in place.
         ctx.grads = grads if row_weight is not None else None
         ctx.options = (margin, reduction)
         ctx.label = head.label, head.slope, head.scale
-        ctx.save_for_backward(x, weight, scale, extra, target)
+        ctx.save_for_backward(x, weight, scale, extra, target, *by_class)
         if row_weight is None:
             return losses
         return (losses.double() * row_weight.double()).sum().to(losses.dtype)
 
     @staticmethod
     def backward(ctx, g):
-        x, weight, scale, extra, target = ctx.saved_tensors
+        x, weight, scale, extra, target, *by_class = ctx.saved_tensors
         margin, reduction = ctx.options
         needs = ctx.needs_input_grad[:4]
         none = (None, None, None)
@@ -283,7 +326,14 @@ class _NormalizedSoftmax(torch.autograd.Function):
             return *differentiable_vjp(loss, (x, weight, scale, extra), needs, (g,)), *none
         grads, ctx.grads = ctx.grads, None
         factor = g
-        if grads is None:
+        if by_class:
+            with without_autocast(x):
+                row_weight, factor = g, None
+                if reduction != "none":
+                    row_weight = g * _row_weights(target, reduction, g.dtype)
+                inputs = (x, weight, *by_class, extra, row_weight)
+                grads = ctx.head.gradients_by_class(*inputs, *needs[:2])
+        elif grads is None:
             # Losses a row, or a second backward through a kept graph: the chunks once more.
             with without_autocast(x):
                 head = _Head(x, weight, target, scale, _frozen(margin))
@@ -398,8 +448,9 @@ def normalized_softmax_cross_entropy(
     $L_b = -\log \frac{e^{s\,g(\cos_{by})}}{e^{s\,g(\cos_{by})} + \sum_{k \ne y} e^{s \cos_{bk}}
     + \sum_j e^{s\,n_{bj}}}$.
     The rows are taken in chunks and the gradient is made in the forward pass (three products in all). With
-    reduction "none", and in a second backward of a kept graph, it is recomputed. Second derivatives are those
-    of the plain composition, with its memory.
+    reduction "none", and in a second backward of a kept graph, it is recomputed. Halves on the CPU, B up to 2 d,
+    keep the cosines as int16 for backward instead. Second derivatives are those of the plain composition, with its
+    memory.
 
     Args:
         x: (B, d) features. weight: (C, d) class vectors, of x's dtype or float32. Neither need have unit length.
@@ -409,8 +460,8 @@ def normalized_softmax_cross_entropy(
             `f(cosine, norms)` that maps each cosine by itself.
         extra_negatives: (B, m) further cosines in the denominator, as UNPG's from the batch (-inf leaves one out).
 
-    Products run in x's precision: float32 for half on the CPU, whatever autocast says. The same bits at any
-    time; other batches or thread counts may change what the product's library rounds.
+    Products run in x's precision, on the CPU with float32 sums for halves, whatever autocast says. The same bits at
+    any time; other batches or thread counts may change what the product's library rounds.
 
     Shapes: (B, d), (C, d), (B,) -> scalar, or (B,) with reduction "none", float32 for half inputs.
 
