@@ -20,6 +20,7 @@ SHORT = 50e-6  # a call shorter than this is repeated inside one sample
 SAMPLE = 400e-6  # about how long such a sample lasts
 MOST_ROUNDS = 300
 SLOW_ROUNDS = 3  # rounds that a contender takes part in whose call outlasts the time for the line
+TOO_SLOW = 4.0  # seconds of a call from which on it takes part in one round
 
 
 @dataclass
@@ -67,13 +68,15 @@ def time_rounds(
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
     """Seconds a call by contender and round, and the calls a sample. The steps have run before.
 
-    A contender too slow for the time of the line leaves after SLOW_ROUNDS, so lists may be shorter
+    A contender too slow for the time of the line leaves after SLOW_ROUNDS (or one), so lists may be shorter
     than the first contender's; the i-th entries of all lists are from the same round.
     """
     names = list(steps)
     inner, once = {}, {}
     for name in names:
-        once[name] = max(min(clock(steps[name], 1) for _ in range(2)), 1e-7)
+        once[name] = clock(steps[name], 1)
+        if once[name] < TOO_SLOW:
+            once[name] = max(min(once[name], clock(steps[name], 1)), 1e-7)
         inner[name] = 1
         if once[name] < SHORT:
             inner[name] = max(1, math.ceil(SAMPLE / once[name]))
@@ -91,7 +94,7 @@ def time_rounds(
         for i in range(rounds):
             turn = names[i % len(names) :] + names[: i % len(names)]
             for name in turn if i % 2 == 0 else reversed(turn):
-                if name not in slow or i < SLOW_ROUNDS:
+                if name not in slow or i < (SLOW_ROUNDS if once[name] < TOO_SLOW else 1):
                     samples[name].append(clock(steps[name], inner[name]) / inner[name])
     finally:
         if was_enabled:

@@ -78,3 +78,14 @@ def points(epsilon: float, iterations: int, batch_size: int | None = 1000) -> Ca
 
     make = lambda x, y: PointCloud(x, y, epsilon=epsilon, batch_size=batch_size)
     return _solver(make, epsilon, **_fixed(iterations))
+
+
+def points_to(epsilon: float, tolerance: float, max_iterations: int = 2000) -> Callable:
+    """The same until the marginals' L1 error is at most `tolerance`, looked at every ten iterations, with OTT's own
+    decay of epsilon from 200 times its value."""
+    from ott.geometry.epsilon_scheduler import Epsilon
+    from ott.geometry.pointcloud import PointCloud
+
+    schedule = Epsilon(epsilon, init=200.0, decay=0.25)
+    make = lambda x, y: PointCloud(x, y, epsilon=schedule, batch_size=1000)
+    return _solver(make, epsilon, threshold=tolerance, max_iterations=max_iterations)

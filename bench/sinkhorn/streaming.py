@@ -85,6 +85,44 @@ def _gradient_case(n: int, d: int, epsilon: float, device: str) -> Case:
     )
 
 
+def _to_error(tolerance: float, epsilon: float, x: Tensor, y: Tensor) -> Tensor:
+    return sinkhorn_points(
+        x, y, epsilon=epsilon, epsilon_scaling=(0.5, 0.25), tolerance=tolerance,
+        max_iterations=1000, validate=False,
+    ).cost  # fmt: skip
+
+
+def _error_case(n: int, tolerance: float, device: str) -> Case:
+    """Solves to an L1 error of the marginals, each package by its own stopping rule and schedule of epsilon.
+
+    geomloss has no rule but its schedule: scaling 0.9 ends at 8e-3 here, so it stands beside a tolerance of 1e-2 alone.
+    """
+    epsilon = 0.005  # of |x - y|^2: geomloss's blur 0.05
+    x, y = torch.rand(n, 2, device=device), 0.8 * torch.rand(n, 2, device=device)
+    ours = partial(_to_error, tolerance, epsilon)
+    peers = {}
+    if ott.available() and tolerance < 1e-2:
+        peers["OTT-JAX"] = step(ott.points_to(epsilon, tolerance), (x, y))
+    if tolerance >= 1e-2:
+        try:
+            import geomloss
+
+            theirs: Callable = geomloss.SamplesLoss(
+                "sinkhorn", blur=0.05, scaling=0.9, debias=False, backend="tensorized"
+            )
+            peers["geomloss"] = step(theirs, (x, y))
+        except ImportError:
+            pass
+    return Case(
+        ours=step(ours, (x, y)),
+        exact=in_double(lambda *t: step(partial(_to_error, tolerance / 100, epsilon), t), (x, y)),
+        peers=peers,
+        bytes=2 * n * 4 * 4,
+        tolerance=tolerance,
+        floor_note="iterations until the error is small",
+    )
+
+
 def _loss_case(n: int, d: int, device: str) -> Case:
     x, y = torch.rand(n, d, device=device), 0.8 * torch.rand(n, d, device=device)
     ours = SamplesLoss("sinkhorn", blur=0.05)
@@ -115,6 +153,9 @@ def specs(device: str) -> Iterator[Spec]:
     yield solve("10000x10000, d=64, 10 it", False, n=10000, d=64, epsilon=5.0, iterations=10)
     yield solve("3000x3000, d=64, 10 it", True, n=3000, d=64, epsilon=5.0, iterations=10)
     yield solve("5000x5000, d=2, 10 it", False, n=5000, d=2, epsilon=0.05, iterations=10)
+    for tolerance, peer in ((1e-2, "geomloss"), (1e-3, "OTT-JAX")):
+        yield Spec("sinkhorn.sinkhorn_points", f"5000x5000, d=2, to an error of {tolerance:g}", f32,
+                   partial(_error_case, 5000, tolerance, device), False, {peer: 2})  # fmt: skip
     yield Spec("sinkhorn.sinkhorn_points", "fwd+bwd of cost 2000x2000, d=64, 10 it", f32,
                lambda: _gradient_case(2000, 64, 5.0, device), False, {"eager": 3})  # fmt: skip
     yield Spec("sinkhorn.SamplesLoss", "3000x3000, d=2, blur 0.05", f32,

@@ -4,9 +4,11 @@
 //   P_ij = a_i b_j exp((f_i + g_j - C_ij) / epsilon)
 //   pass: row sums, column sums, and of every row its `keep` largest entries with their columns
 //
-// The pass reads C once, takes one exponential an element and stores nothing of the size of C. A
-// row's selection keeps a sorted list: a vector is compared with its least entry as a whole, so
-// that after the first few columns hardly anything is inserted (about keep log(m / keep) of m).
+// The pass reads C once, takes one exponential an element and stores nothing of the size of C. The
+// terms of a tile of a row stay in L1 for its selection. Their maxima over some 2 keep disjoint
+// sets of columns are met first, in the same loop: the entries that belong into the list are no
+// smaller than the keep-th largest maximum, so nearly every vector is passed over, and about 1.4
+// keep entries are put into the sorted list, wherever the columns lie.
 #include "../exponential.h"
 
 namespace solera {
@@ -30,6 +32,22 @@ namespace {
 
 constexpr int L = kLanes<double>;
 
+constexpr int64_t kTile = 512;  // columns whose terms are kept for the selection
+constexpr int kSets = 64;       // of columns at most: for longer lists nothing is passed over
+
+// A bit for every lane of v that is at least `floor`.
+SOLERA_INLINE unsigned reaching(vd v, vd floor) {
+#if defined(__AVX512F__)
+  return _mm512_cmp_pd_mask((__m512d)v, (__m512d)floor, _CMP_GE_OQ);
+#elif defined(__AVX2__)
+  return unsigned(_mm256_movemask_pd((__m256d)(v >= floor)));
+#else
+  unsigned bits = 0;
+  for (int k = 0; k < L; ++k) bits |= unsigned(v[k] >= floor[k]) << k;
+  return bits;
+#endif
+}
+
 // Puts (value, column) into a list sorted from the largest on; equal values stay in their order.
 SOLERA_INLINE void insert(double* values, int64_t* index, int64_t keep, double value,
                           int64_t column) {
@@ -42,10 +60,40 @@ SOLERA_INLINE void insert(double* values, int64_t* index, int64_t keep, double v
   index[at] = column;
 }
 
+// The largest of the sets' maxima that `keep` of them reach; -1 if there are not so many.
+SOLERA_INLINE double floor_of(const vd* most, int sets, int64_t keep) {
+  vd floor = splat(-1.0);
+  for (int s = 0; s < sets; ++s) {
+    vl reached{};
+    for (int t = 0; t < sets * L; ++t) reached -= ((const double*)most)[t] >= most[s];
+    floor = vmax(reached >= keep ? most[s] : floor, floor);
+  }
+  return lane_max(floor);
+}
+
+// The entries of a tile, `vectors` of them, that belong into the list.
+SOLERA_INLINE void select(const double* tile, int64_t vectors, int64_t column, const vd* most,
+                          int sets, double* values, int64_t* index, int64_t keep) {
+  vd floor = splat(floor_of(most, sets, keep));
+  for (int64_t j = 0; j < vectors * L; j += L) {
+    unsigned lanes = reaching(load(tile + j), floor);
+    for (; __builtin_expect(lanes != 0, 0); lanes &= lanes - 1) {
+      const int64_t at = j + __builtin_ctz(lanes);
+      if (!(tile[at] > values[keep - 1])) continue;
+      insert(values, index, keep, tile[at], column + at);
+      floor = vmax(splat(values[keep - 1]), floor);
+    }
+  }
+}
+
 void pass(const NewtonPass& p, int64_t first, int64_t last) {
   const FlushSubnormals flush;
   const double* g = p.g;
   const vd kappa = splat(p.kappa);
+  int sets = 1;  // vectors of sets, a power of two
+  while (sets * L < 2 * p.keep && sets * L < kSets) sets *= 2;
+  if (p.keep == 0 || sets * L < p.keep) sets = 0;
+  double tile[kTile];
   for (int64_t block = first; block < last; ++block) {
     const int64_t begin = block * kNewtonBlockRows;
     const int64_t end = begin + kNewtonBlockRows < p.n ? begin + kNewtonBlockRows : p.n;
@@ -65,29 +113,36 @@ void pass(const NewtonPass& p, int64_t first, int64_t last) {
         const vd e = fast_exp2(at_most(Exponents<double>::largest - 1, x));
         return a * (bj * (x < Exponents<double>::smallest ? vd{} : e));
       };
-      const auto select = [&](vd v, int64_t j, int lanes) {
-        int above = 0;
-        const auto larger = v > values[p.keep - 1];
-        for (int k = 0; k < L; ++k) above |= int(larger[k]);
-        if (__builtin_expect(above != 0, 0))
-          for (int k = 0; k < lanes; ++k)
-            if (v[k] > values[p.keep - 1]) insert(values, index, p.keep, v[k], j + k);
-      };
       vd sum{};
-      int64_t j = 0;
-      for (; j + L <= p.m; j += L) {
-        const vd v = entry(load(row + j), load(g + j), load(p.b + j));
-        sum += v;
-        store(partial + j, load(partial + j) + v);
-        if (p.keep > 0) select(v, j, L);
-      }
-      if (j < p.m) {
-        const int lanes = int(p.m - j);
-        const vd v =
-            entry(load_tail(row + j, lanes), load_tail(g + j, lanes), load_tail(p.b + j, lanes));
-        sum += v;
-        store_n(partial + j, load_tail(partial + j, lanes) + v, lanes);
-        if (p.keep > 0) select(v, j, lanes);
+      for (int64_t from = 0; from < p.m; from += kTile) {
+        const int64_t to = from + kTile < p.m ? from + kTile : p.m;
+        vd most[kSets / L];
+        for (int s = 0; s < sets; ++s) most[s] = splat(-1.0);
+        int64_t j = from, vector = 0;
+        const auto take = [&](vd v) {
+          store(tile + vector * L, v);
+          if (sets > 0) {
+            vd& now = most[vector & (sets - 1)];
+            now = vmax(v, now);  // a NaN counts for nothing
+          }
+          ++vector;
+        };
+        for (; j + L <= to; j += L) {
+          const vd v = entry(load(row + j), load(g + j), load(p.b + j));
+          sum += v;
+          store(partial + j, load(partial + j) + v);
+          take(v);
+        }
+        if (j < to) {
+          const int lanes = int(to - j);
+          vd v =
+              entry(load_tail(row + j, lanes), load_tail(g + j, lanes), load_tail(p.b + j, lanes));
+          sum += v;
+          store_n(partial + j, load_tail(partial + j, lanes) + v, lanes);
+          for (int k = lanes; k < L; ++k) v[k] = -1;
+          take(v);
+        }
+        if (p.keep > 0) select(tile, vector, from, most, sets, values, index, p.keep);
       }
       p.row_sum[i] = lane_sum(sum);
       for (int64_t k = 0; k < p.keep; ++k)

@@ -12,6 +12,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 namespace solera {
@@ -21,7 +22,7 @@ class NewtonSystem {
  public:
   NewtonSystem(int64_t n, int64_t m, int64_t keep, const double* values, const int64_t* columns,
                const double* p, const double* q, double shift)
-      : n_(n), m_(m), keep_(keep), columns_(columns), diagonal_(1 + shift), scale_(n + m) {
+      : n_(n), m_(m), keep_(keep), diagonal_(1 + shift), scale_(n + m) {
     // A row without mass has nothing in S and stays where it is.
     for (int64_t i = 0; i < n; ++i) scale_[i] = p[i] > 0 ? 1 / std::sqrt(p[i]) : 0;
     for (int64_t j = 0; j < m; ++j) scale_[n + j] = q[j] > 0 ? 1 / std::sqrt(q[j]) : 0;
@@ -29,7 +30,7 @@ class NewtonSystem {
     for (int64_t i = 0; i < n; ++i)
       for (int64_t k = i * keep; k < (i + 1) * keep; ++k)
         entries_[k] = values[k] * scale_[i] * scale_[n + columns[k]];
-    span(values);
+    span(values, columns);
   }
 
   // The number of iterations. Ends where the preconditioned residual norm has fallen by
@@ -38,8 +39,8 @@ class NewtonSystem {
                 int64_t max_iterations) {
     const int64_t size = n_ + m_;
     std::vector<double> u(size, 0.0), r(size), z(size), d(size), w(size);
-    for (int64_t i = 0; i < n_; ++i) r[i] = ra[i] * scale_[i];
-    for (int64_t j = 0; j < m_; ++j) r[n_ + j] = rb[j] * scale_[n_ + j];
+    for (int64_t i = 0; i < n_; ++i) r[place_[i]] = ra[i] * scale_[i];
+    for (int64_t j = 0; j < m_; ++j) r[place_[n_ + j]] = rb[j] * scale_[n_ + j];
     precondition(r, z);
     d = z;
     double rz = dot(r, z);
@@ -61,8 +62,8 @@ class NewtonSystem {
       rz = next;
       ++k;
     }
-    for (int64_t i = 0; i < n_; ++i) x[i] = u[i] * scale_[i];
-    for (int64_t j = 0; j < m_; ++j) y[j] = u[n_ + j] * scale_[n_ + j];
+    for (int64_t i = 0; i < n_; ++i) x[i] = u[place_[i]] * scale_[i];
+    for (int64_t j = 0; j < m_; ++j) y[j] = u[place_[n_ + j]] * scale_[n_ + j];
     return k;
   }
 
@@ -80,97 +81,109 @@ class NewtonSystem {
     for (size_t i = 0; i < w.size(); ++i) w[i] = diagonal_ * d[i];
     for (int64_t i = 0; i < n_; ++i) {
       double sum = 0;
-      const double di = d[i];
+      const double di = d[place_[i]];
       for (int64_t k = i * keep_; k < (i + 1) * keep_; ++k) {
-        sum += entries_[k] * d[n_ + columns_[k]];
-        w[n_ + columns_[k]] += entries_[k] * di;
+        sum += entries_[k] * d[column_places_[k]];
+        w[column_places_[k]] += entries_[k] * di;
       }
-      w[i] += sum;
+      w[place_[i]] += sum;
     }
   }
 
-  // Kruskal's forest by the entries of the plan, then an order in which parents come first.
-  void span(const double* values) {
+  // The positive values' positions, largest first by exponent and eleven more bits (a forest is as
+  // good by weights to 1/2048), then by position: two counting sorts of (those bits, position).
+  static std::vector<uint64_t> heaviest_first(const double* values, int64_t count) {
+    constexpr int kBits = 11, kPosition = 64 - 2 * kBits;
+    constexpr uint64_t kBuckets = uint64_t(1) << kBits;
+    std::vector<uint64_t> from, to;
+    std::vector<int64_t> starts[2];
+    from.reserve(count);
+    for (auto& s : starts) s.assign(kBuckets + 1, 0);
+    for (int64_t k = 0; k < count; ++k) {
+      if (!(values[k] > 0)) continue;
+      uint64_t bits;
+      std::memcpy(&bits, values + k, sizeof bits);
+      const uint64_t key = kBuckets * kBuckets - 1 - (bits >> (52 - kBits));
+      ++starts[0][key % kBuckets + 1];
+      ++starts[1][key / kBuckets + 1];
+      from.push_back(key << kPosition | uint64_t(k));
+    }
+    to.resize(from.size());
+    for (int digit = 0; digit < 2; ++digit) {
+      int64_t* start = starts[digit].data();
+      for (uint64_t i = 0; i < kBuckets; ++i) start[i + 1] += start[i];
+      for (const uint64_t e : from) to[start[(e >> (kPosition + digit * kBits)) % kBuckets]++] = e;
+      from.swap(to);
+    }
+    for (uint64_t& e : from) e &= (uint64_t(1) << kPosition) - 1;
+    return from;
+  }
+
+  // Kruskal's forest by the entries of the plan, then an order of elimination: leaves first, round
+  // by round, so that what is added to a variable comes from places far apart. From then on a
+  // variable goes by its place in that order.
+  void span(const double* values, const int64_t* columns) {
     const int64_t size = n_ + m_;
-    std::vector<int64_t> order, root(size), degree(size + 1, 0);
-    for (int64_t k = 0; k < n_ * keep_; ++k)
-      if (values[k] > 0) order.push_back(k);
-    std::sort(order.begin(), order.end(), [&](int64_t s, int64_t t) {
-      return values[s] != values[t] ? values[s] > values[t] : s < t;
-    });
+    std::vector<int64_t> root(size), degree(size, 0), edges(size, 0);
     for (int64_t i = 0; i < size; ++i) root[i] = i;
     const auto find = [&](int64_t i) {
       while (root[i] != i) i = root[i] = root[root[i]];
       return i;
     };
-    std::vector<int64_t> edges;
-    for (const int64_t k : order) {
-      const int64_t s = find(k / keep_), t = find(n_ + columns_[k]);
+    int64_t left = size - 1;
+    for (const uint64_t e : heaviest_first(values, n_ * keep_)) {
+      const int64_t k = int64_t(e), i = k / keep_, j = n_ + columns[k], s = find(i), t = find(j);
       if (s == t) continue;
       root[s] = t;
-      edges.push_back(k);
-      ++degree[k / keep_];
-      ++degree[n_ + columns_[k]];
-      if (int64_t(edges.size()) == size - 1) break;
-    }
-    std::vector<int64_t> start(size + 1, 0), fill(size), near(2 * edges.size()),
-        by(2 * edges.size());
-    for (int64_t i = 0; i < size; ++i) start[i + 1] = start[i] + degree[i];
-    std::copy(start.begin(), start.end() - 1, fill.begin());
-    for (const int64_t k : edges) {
-      const int64_t s = k / keep_, t = n_ + columns_[k];
-      by[fill[s]] = by[fill[t]] = k;
-      near[fill[s]++] = t;
-      near[fill[t]++] = s;
-    }
-    parent_.assign(size, -1);
-    weight_.assign(size, 0.0);
-    order_.reserve(size);
-    std::vector<char> seen(size, 0);
-    for (int64_t first = 0; first < size; ++first) {
-      if (seen[first]) continue;
-      seen[first] = 1;
-      order_.push_back(first);
-      for (size_t head = order_.size() - 1; head < order_.size(); ++head) {
-        const int64_t s = order_[head];
-        for (int64_t e = start[s]; e < start[s + 1]; ++e) {
-          const int64_t t = near[e];
-          if (seen[t]) continue;
-          seen[t] = 1;
-          parent_[t] = s;
-          weight_[t] = entries_[by[e]];
-          order_.push_back(t);
-        }
+      for (const int64_t end : {i, j}) {
+        ++degree[end];
+        edges[end] ^= k;  // with one edge left that is the edge
       }
+      if (--left == 0) break;
     }
+    std::vector<int64_t> order;
+    order.reserve(size);
+    place_.resize(size);
+    parent_.resize(size);
+    weight_.assign(size, 0.0);
+    for (int64_t s = 0; s < size; ++s)
+      if (degree[s] <= 1) order.push_back(s);
+    for (int64_t at = 0; at < size; ++at) {
+      const int64_t s = order[at];
+      place_[s] = at;
+      parent_[at] = s;  // a root is its own, by nothing
+      if (degree[s] == 0) continue;
+      const int64_t k = edges[s], i = k / keep_, j = n_ + columns[k], t = s == i ? j : i;
+      parent_[at] = t;
+      weight_[at] = entries_[k];
+      edges[t] ^= k;
+      if (--degree[t] == 1) order.push_back(t);
+    }
+    for (int64_t& parent : parent_) parent = place_[parent];
+    column_places_.resize(n_ * keep_);
+    for (int64_t k = 0; k < n_ * keep_; ++k) column_places_[k] = place_[n_ + columns[k]];
     // L D L^T from the leaves: D_s = 1 + shift - sum over children w^2 / D.
-    pivot_.assign(size, diagonal_);
-    for (int64_t at = size - 1; at >= 0; --at) {
-      const int64_t t = order_[at];
-      pivot_[t] = std::max(pivot_[t], 1e-15);
-      const double w = weight_[t];
-      weight_[t] = w / pivot_[t];
-      if (parent_[t] >= 0) pivot_[parent_[t]] -= w * weight_[t];
+    inverse_.assign(size, diagonal_);
+    for (int64_t at = 0; at < size; ++at) {
+      inverse_[at] = 1 / std::max(inverse_[at], 1e-15);
+      const double w = weight_[at];
+      weight_[at] = w * inverse_[at];
+      if (parent_[at] != at) inverse_[parent_[at]] -= w * weight_[at];
     }
   }
 
   void precondition(const std::vector<double>& r, std::vector<double>& z) const {
     z = r;
-    for (int64_t at = n_ + m_ - 1; at >= 0; --at) {
-      const int64_t t = order_[at];
-      if (parent_[t] >= 0) z[parent_[t]] -= weight_[t] * z[t];
-    }
-    for (const int64_t t : order_) {
-      z[t] /= pivot_[t];
-      if (parent_[t] >= 0) z[t] -= weight_[t] * z[parent_[t]];
-    }
+    const int64_t size = n_ + m_;
+    for (int64_t at = 0; at < size; ++at) z[parent_[at]] -= weight_[at] * z[at];
+    for (int64_t at = size - 1; at >= 0; --at)
+      z[at] = inverse_[at] * z[at] - weight_[at] * z[parent_[at]];
   }
 
   int64_t n_, m_, keep_;
-  const int64_t* columns_;
   double diagonal_;
-  std::vector<double> scale_, entries_, weight_, pivot_;
-  std::vector<int64_t> order_, parent_;
+  std::vector<double> scale_, entries_, weight_, inverse_;  // inverse_: of D
+  std::vector<int64_t> place_, parent_, column_places_;
 };
 
 }  // namespace

@@ -7,10 +7,10 @@
 //   row_pass      F_n = -log2 sum_k 2^(t_nk + G_k), and the block's sum_n r_n 2^(F_n + t_nk + G_k)
 //   assign        2^(F_n + t_nk + G_k), rows that sum to 1
 // row_pass makes a whole iteration of one read from memory and one exponential an entry: the terms
-// relative to the row's maximum stay in a buffer of four rows, and divided by their sum they are
-// already the next column pass's terms. The maximum is a pass over the same four rows in L1: any
-// logits have a row sum in [1, K]. Only a column in which nothing shows (its sum below 1e-20 of the
-// total) has to be done again, by column_parts.
+// relative to the row's maximum stay in a buffer of one to four rows, and divided by their sum they
+// are already the next column pass's terms. The maximum is a pass over the same four rows in L1:
+// any logits have a row sum in [1, K]. Only a column in which nothing shows (its sum below 1e-20 of
+// the total) has to be done again, by column_parts.
 //
 // Where the logits' range and the potentials' allow (kScalingReach: cosines / 0.05 need 58 of it),
 // exponents are known to be in range: no maximum, no clamps. `near_start` is column_parts with the
@@ -93,7 +93,10 @@ SOLERA_INLINE void over_columns(const T* const* row, int64_t k, const F& body) {
   AccVec<T> x[R];
   int64_t j = 0;
   for (; j + L <= k; j += L) {
-    for (int r = 0; r < R; ++r) x[r] = load(row[r] + j);
+    for (int r = 0; r < R; ++r) {
+      x[r] = load(row[r] + j);
+      __builtin_prefetch(row[r] + R * k + j);  // the next rows: no stream follows a page's end
+    }
     body(j, x);
   }
   if (j < k) {
@@ -108,18 +111,30 @@ struct Count {
   static constexpr int value = R;
 };
 template <class A, class F>
-SOLERA_INLINE void over_live_rows(const A* weight, int64_t begin, int64_t end, const F& few) {
+SOLERA_INLINE void over_live_rows(const A* weight, int64_t begin, int64_t end, const F& few,
+                                  int most = kScalingRows) {
   int64_t live[kScalingRows];
   int count = 0;
   for (int64_t i = begin; i < end; ++i) {
     if (weight[i] == 0) continue;
     live[count++] = i;
-    if (count == kScalingRows) {
+    if (count < most) continue;
+    if (most == kScalingRows)
       few(live, Count<kScalingRows>{});
-      count = 0;
-    }
+    else if (most == 2)
+      few(live, Count<2>{});
+    else
+      few(live, Count<1>{});
+    count = 0;
   }
   for (int r = 0; r < count; ++r) few(live + r, Count<1>{});
+}
+
+// How many rows' terms lie in L1 together: 16 KiB of them, beside G and the column sums.
+template <class A>
+SOLERA_INLINE int rows_in_reach(const ScalingProblem& p) {
+  const int64_t bytes = p.stride * int64_t(sizeof(A));
+  return bytes <= 4096 ? 4 : bytes <= 8192 ? 2 : 1;
 }
 
 template <class T>
@@ -274,21 +289,24 @@ void row_pass(const ScalingProblem& p, void* scratch, int64_t first, int64_t las
     memset((void*)partial, 0, size_t(p.stride) * sizeof(A));
     const int64_t begin = block * p.block_rows;
     const int64_t end = begin + p.block_rows < p.n ? begin + p.block_rows : p.n;
-    over_live_rows(weight, begin, end, [&](const int64_t* at, auto count) {
-      constexpr int R = decltype(count)::value;
-      A shift[R], sum[R], share[R];
-      row_terms<T, R, Near>(p, at, buffer, shift, sum);
-      for (int r = 0; r < R; ++r) {
-        // A row that allows nothing takes no part.
-        f[at[r]] = sum[r] == 0 ? -A(__builtin_inf()) : -(shift[r] + log2_one(sum[r]));
-        share[r] = sum[r] == 0 ? A(0) : weight[at[r]] / sum[r];
-      }
-      for (int64_t j = 0; j < p.stride; j += L) {
-        Lanes<A> c = load(partial + j);
-        for (int r = 0; r < R; ++r) c += share[r] * load(buffer + r * p.stride + j);
-        store(partial + j, c);
-      }
-    });
+    over_live_rows(
+        weight, begin, end,
+        [&](const int64_t* at, auto count) {
+          constexpr int R = decltype(count)::value;
+          A shift[R], sum[R], share[R];
+          row_terms<T, R, Near>(p, at, buffer, shift, sum);
+          for (int r = 0; r < R; ++r) {
+            // A row that allows nothing takes no part.
+            f[at[r]] = sum[r] == 0 ? -A(__builtin_inf()) : -(shift[r] + log2_one(sum[r]));
+            share[r] = sum[r] == 0 ? A(0) : weight[at[r]] / sum[r];
+          }
+          for (int64_t j = 0; j < p.stride; j += L) {
+            Lanes<A> c = load(partial + j);
+            for (int r = 0; r < R; ++r) c += share[r] * load(buffer + r * p.stride + j);
+            store(partial + j, c);
+          }
+        },
+        rows_in_reach<A>(p));
   }
 }
 
@@ -303,21 +321,24 @@ void assign(const ScalingProblem& p, void* out_, void* scratch, int64_t begin, i
   const bool past_caches = p.n * p.k * int64_t(sizeof(T)) >= (int64_t(4) << 20);
   for (int64_t i = begin; i < end; ++i)
     if (weight[i] == 0) memset((void*)(out + i * p.k), 0, size_t(p.k) * sizeof(T));
-  over_live_rows(weight, begin, end, [&](const int64_t* at, auto count) {
-    constexpr int R = decltype(count)::value;
-    A shift[R], sum[R];
-    row_terms<T, R, Near>(p, at, buffer, shift, sum);
-    for (int r = 0; r < R; ++r) {
-      T* row = out + at[r] * p.k;
-      const A* w = buffer + r * p.stride;
-      const A inverse = 1 / sum[r];
-      int64_t j = 0;
-      if (past_caches && can_stream(row))
-        for (; j + L <= p.k; j += L) stream(row + j, load(w + j) * inverse);
-      for (; j + L <= p.k; j += L) store(row + j, load(w + j) * inverse);
-      if (j < p.k) store_n(row + j, load(w + j) * inverse, int(p.k - j));
-    }
-  });
+  over_live_rows(
+      weight, begin, end,
+      [&](const int64_t* at, auto count) {
+        constexpr int R = decltype(count)::value;
+        A shift[R], sum[R];
+        row_terms<T, R, Near>(p, at, buffer, shift, sum);
+        for (int r = 0; r < R; ++r) {
+          T* row = out + at[r] * p.k;
+          const A* w = buffer + r * p.stride;
+          const A inverse = 1 / sum[r];
+          int64_t j = 0;
+          if (past_caches && can_stream(row))
+            for (; j + L <= p.k; j += L) stream(row + j, load(w + j) * inverse);
+          for (; j + L <= p.k; j += L) store(row + j, load(w + j) * inverse);
+          if (j < p.k) store_n(row + j, load(w + j) * inverse, int(p.k - j));
+        }
+      },
+      rows_in_reach<A>(p));
   if (past_caches) stream_fence();
 }
 

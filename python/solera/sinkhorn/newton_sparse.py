@@ -18,10 +18,10 @@ singular; descending along the negative of this direction, as a sign slip in a p
 dual variable is fixed: the constant that can move between f and g is left to the solver, since a truncated system
 with one variable grounded stalls.
 
-**Solve.** On a CPU conjugate gradients with the heaviest spanning forest as preconditioner (about 20 iterations
-where the diagonal alone takes 300, or never ends); on a GPU and in the reference a Cholesky factor of the Schur
-complement $\mathrm{diag}\,q - S^\top\mathrm{diag}(1/p)\,S$. A relative `shift` of 1e-13 keeps modes finite in which
-blocks of the plan exchange less than that.
+**Solve.** On a CPU conjugate gradients with the heaviest spanning forest as preconditioner (about 20 iterations to
+1e-6 where the diagonal alone takes 300, or never ends), no further than the step can gain; on a GPU and in the
+reference a Cholesky factor of the Schur complement $\mathrm{diag}\,q - S^\top\mathrm{diag}(1/p)\,S$. A relative
+`shift` of 1e-13 keeps modes finite in which blocks of the plan exchange less than that.
 
 **Truncation.** Convergence follows the mass that S drops: above 1e-3, or where two steps in a row gain less than a
 factor of two, keep_per_row is doubled, up to the whole plan where the shorter side allows that (2048): then the
@@ -69,10 +69,8 @@ _op = torch.ops.solera
 SHIFT = 1e-13  # of the scaled diagonal
 WHOLE = 2048  # shorter side up to which the whole plan is factored
 WIDEST = 64  # entries a row beyond which truncation is given up
-_FAR, _NEAR = (
-    0.05,
-    1e-3,
-)  # marginal errors from which on a larger epsilon comes first, and how far it is solved
+# Marginal errors from which on a larger epsilon comes first, and how far it is solved.
+_FAR, _NEAR = 0.05, 1e-3
 _DROPPED = 1e-3  # mass left out of S above which keep_per_row grows
 
 
@@ -137,7 +135,9 @@ class _Newton:
     """Newton's iteration on one problem, cost (1, n, m) with n >= m, from potentials (f, g)."""
 
     def __init__(self, cost, a, b, f, g, epsilon, keep):
-        self.problem, self.f, self.g, self.epsilon = (cost, a, b), f, g, epsilon
+        self.problem, self.epsilon = (cost, a, b), epsilon
+        # Rows and columns in one vector each, (n + m): half the calls on vectors this short.
+        self.weights, self.potentials = torch.cat([a[0], b[0]]), torch.cat([f[0], g[0]])
         self.report = _Report()
         self.iterations: list[Tensor] = []
         self._keep(min(keep, WIDEST) if cost.shape[-1] > WHOLE else keep)
@@ -150,43 +150,58 @@ class _Newton:
             return False
         self.whole = whole
         self.report.keep_per_row = m if self.whole else keep
-        self.state = self._look(self.f, self.g)
-        self.error, self.mass, kept = self._read(self.state)
+        self.state = self._look(self.potentials)
+        self.error, self.mass, kept, self.size = self._read(self.state, self.potentials)
         self.report.dropped_mass = 0.0 if self.whole else max(0.0, 1.0 - kept / self.mass)
         return True
 
-    def _look(self, f, g):
+    def _sides(self, both: Tensor) -> tuple[Tensor, Tensor]:
+        """(1, n) and (1, m) of (n + m)."""
+        f, g = both.unsqueeze(0).split(self.problem[0].shape[1:], -1)
+        return f, g
+
+    def _look(self, potentials):
+        """Marginals asked for less those of the plan, (n + m), and the plan's sums and largest entries."""
         op = newton_pass_reference if use_reference() else _op.sinkhorn_newton_pass
         keep = 0 if self.whole else self.report.keep_per_row
-        return op(*self.problem, f, g, self.epsilon, keep)
+        p, q, values, index = op(*self.problem, *self._sides(potentials), self.epsilon, keep)
+        return self.weights - torch.cat([p[0], q[0]]), p, q, values, index
 
-    def _read(self, state, *more: Tensor) -> list[float]:
-        """(error, mass, mass kept, ...) on the host: the one synchronisation of a trial."""
-        _, a, b = self.problem
-        p, q, values, _ = state
-        error = (a - p).abs().sum() + (b - q).abs().sum()
-        return torch.stack([error, p.sum(), values.sum(), *more]).tolist()
+    def _read(self, state, potentials, *more: Tensor) -> list[float]:
+        """(error, mass, mass kept, largest potential, ...) on the host: the one synchronisation of a trial."""
+        rest, p, _, values, _ = state
+        first = (rest.abs().sum(), p.sum(), values.sum(), potentials.abs().max())
+        return torch.stack([*first, *more]).tolist()
 
-    def _direction(self, p, q, values, index, ra, rb):
+    def _direction(self):
+        """Newton's step in units of epsilon, (n + m)."""
+        rest, p, q, values, index = self.state
+        ra, rb = self._sides(rest)
         shift = SHIFT + 1e-2 * self.error / self.mass
         if self.whole:
             cost, a, b = self.problem
+            f, g = self._sides(self.potentials)
             if use_reference():
-                plan = kernel_matrix(cost, self.f, self.g, self.epsilon)
+                plan = kernel_matrix(cost, f, g, self.epsilon)
                 plan = plan * b.unsqueeze(-2) * a.unsqueeze(-1)
             else:
-                plan = _op.sinkhorn_plan(cost, a, b, self.f, self.g, a, None, self.epsilon)
-            return solve_schur(plan, p, q, ra, rb, shift, deflate=True)
-        op = newton_solve_reference if use_reference() else _op.sinkhorn_newton_solve
-        x, y, iterations = op(values, index, p, q, ra, rb, shift, 1e-6, 1000)
-        self.iterations.append(iterations)
-        return x, y
+                plan = _op.sinkhorn_plan(cost, a, b, f, g, a, None, self.epsilon)
+            x, y = solve_schur(plan, p, q, ra, rb, shift, deflate=True)
+        else:
+            op = newton_solve_reference if use_reference() else _op.sinkhorn_newton_solve
+            x, y, iterations = op(values, index, p, q, ra, rb, shift, self._accuracy(), 1000)
+            self.iterations.append(iterations)
+        return torch.cat([x[0], y[0]])
+
+    def _accuracy(self) -> float:
+        """Of the linear solve: a tenth of what the step can gain, by its own size and the mass left out."""
+        left = max(self.error / self.mass, self.report.dropped_mass)
+        return max(1e-6, min(1e-2, 0.1 * left**0.5))
 
     def run(self, max_newton: int, tolerance: float) -> None:
         """Steps until `error` is at most the tolerance, or truncation and step length have no way on."""
         if self.report.returned_to_sinkhorn:  # already for a larger epsilon
             return
-        _, a, b = self.problem
         slow, limit = 0, self.report.newton_steps + max_newton
         while self.report.newton_steps < limit and not self.error <= tolerance:
             if not self.error < float("inf"):
@@ -198,14 +213,9 @@ class _Newton:
                     self.report.returned_to_sinkhorn = True
                     break
                 continue
-            p, q, values, index = self.state
-            ra, rb = a - p, b - q
-            x, y = self._direction(p, q, values, index, ra, rb)
-            self.report.newton_steps += 1
             before = self.error
-            length = self._search(
-                x, y, (ra * x).sum() + (rb * y).sum(), (a * x).sum() + (b * y).sum()
-            )
+            length = self._search(self._direction())
+            self.report.newton_steps += 1
             if length == 0.0:
                 if self.error <= self._rounding():
                     break
@@ -228,31 +238,32 @@ class _Newton:
 
     def _rounding(self) -> float:
         """The marginal error that one rounding of the potentials makes in every entry, with a margin."""
-        size = float(self.f.abs().max() + self.g.abs().max()) / self.epsilon
-        return 1e-15 * max(size, 1.0) * self.mass
+        return 1e-15 * max(2 * self.size / self.epsilon, 1.0) * self.mass
 
-    def _search(self, x, y, slope, linear) -> float:
-        """Move along (x, y) by the first accepted of 1, 1/2, 1/4, ..., or 2, 4, ...; 0 if none is."""
-        _, a, b = self.problem
-        start, length, best = (self.f, self.g, self.error, self.mass), 1.0, 0.0
+    def _search(self, step) -> float:
+        """Move along `step` by the first accepted of 1, 1/2, 1/4, ..., or 2, 4, ...; 0 if none is."""
+        start, error_before, mass_before = self.potentials, self.error, self.mass
+        near = error_before <= self._rounding()
+        slope, linear = (self.state[0] * step).sum(), (self.weights * step).sum()
+        length, best = 1.0, 0.0
         while 1e-9 < length < 100:
-            f = start[0] + length * self.epsilon * x
-            g = start[1] + length * self.epsilon * y
-            state = self._look(f, g)
-            ahead = ((a - state[0]) * x).sum() + ((b - state[1]) * y).sum()
-            error, mass, kept, rise, first, still = self._read(state, slope, linear, ahead)
+            potentials = torch.add(start, step, alpha=length * self.epsilon)
+            state = self._look(potentials)
+            error, mass, kept, size, rise, first, still = self._read(
+                state, potentials, slope, linear, (state[0] * step).sum()
+            )
             if not rise > 0:
                 break
             # In units of epsilon; masses near 1 cancel to about 1e-15 of what is added.
-            gain = length * first - (mass - start[3])
-            if start[2] <= self._rounding() or best > 0:
+            gain = length * first - (mass - mass_before)
+            if near or best > 0:
                 accepted = error < self.error and (still > 0 or best == 0)
-            elif rise * length > 1e-12 * (start[3] + abs(first)):
+            elif rise * length > 1e-12 * (mass_before + abs(first)):
                 accepted = still >= 0 or gain >= 1e-4 * length * rise
             else:
-                accepted = still >= 0 or error < start[2]
+                accepted = still >= 0 or error < error_before
             if accepted:
-                self.f, self.g, self.state = f, g, state
+                self.potentials, self.state, self.size = potentials, state, size
                 self.error, self.mass, best = error, mass, length
                 if not self.whole:
                     self.report.dropped_mass = max(0.0, 1.0 - kept / mass)
@@ -280,7 +291,7 @@ def _started(cost, a, b, f, g, epsilon, keep, n_sinkhorn, max_newton, coarser=12
     if coarse.report.returned_to_sinkhorn:
         newton.report.returned_to_sinkhorn = True
         return newton
-    near = sinkhorn(cost, a, b, epsilon=epsilon, init=(coarse.f, coarse.g), **options)
+    near = sinkhorn(cost, a, b, epsilon=epsilon, init=coarse._sides(coarse.potentials), **options)
     closer = _Newton(cost, a, b, near.f, near.g, epsilon, keep)
     done = coarse.report
     closer.report.newton_steps = done.newton_steps
@@ -298,7 +309,7 @@ def _solve_one(cost, a, b, f, g, epsilon, keep, n_sinkhorn, max_newton, toleranc
     cost, a, b, f, g = (t.unsqueeze(0) for t in (cost, a, b, f, g))
     newton = _started(cost, a, b, f, g, epsilon, min(keep, min(n, m)), n_sinkhorn, max_newton)
     newton.run(max_newton, tolerance)
-    f, g, report = newton.f, newton.g, newton.report
+    (f, g), report = newton._sides(newton.potentials), newton.report
     if report.returned_to_sinkhorn:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the caller warns once, of the whole batch
@@ -448,15 +459,8 @@ def sinkhorn_newton_sparse(
             )  # fmt: skip
             reports.append(report)
     # One iteration more meets the columns exactly, sets the gauge and carries the gradients.
-    result = sinkhorn(
-        cost,
-        a,
-        b,
-        epsilon=epsilon,
-        max_iterations=1,
-        init=(f.reshape(start.f.shape), g.reshape(start.g.shape)),
-        validate=False,
-    )
+    init = (f.reshape(start.f.shape), g.reshape(start.g.shape))
+    result = sinkhorn(cost, a, b, epsilon=epsilon, max_iterations=1, init=init, validate=False)
     return _with_reports(result, start.iterations, reports, tolerance)
 
 
