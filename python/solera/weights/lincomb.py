@@ -211,6 +211,10 @@ _numbers: dict[tuple, Tensor] = {}  # coefficients given as a list, which a trai
 
 
 def _coefficients(value: Any, count: int, length: int, like: Tensor) -> Tensor:
+    if type(value) is list and len(value) == count and not torch.compiler.is_compiling():
+        c = _kept_numbers(value, like.device)
+        if c is not None:
+            return c
     if isinstance(value, Tensor):
         c = value
         if c.dtype not in _check.FLOATS:
@@ -229,6 +233,18 @@ def _coefficients(value: Any, count: int, length: int, like: Tensor) -> Tensor:
     return c
 
 
+def _kept_numbers(value: list, device: torch.device) -> Tensor | None:
+    """The tensor (K,) made of an equal list before. (1 and True are equal to 1.0, and make the same tensor.)"""
+    try:
+        return _numbers.get((device, *value))
+    except (
+        TypeError,
+        ValueError,
+        RuntimeError,
+    ):  # what has no hash, or no truth when it is compared
+        return None
+
+
 def _from_numbers(value: Any, device: torch.device) -> Tensor:
     """A tensor of a list. Short lists of numbers are kept: making one costs as much as a small call, and
     waits for the device on a GPU. (Zeros are not: 0.0 and -0.0 are one key.)
@@ -237,8 +253,9 @@ def _from_numbers(value: Any, device: torch.device) -> Tensor:
     if type(value) in (list, tuple) and len(value) <= 64 and not torch.compiler.is_compiling():
         if all([type(v) is float and v != 0.0 for v in value]):
             key = (device, *value)
-            if key in _numbers:
-                return _numbers[key]
+            found = _kept_numbers([*value], device)
+            if found is not None:
+                return found
     dtype = torch.float32 if device.type == "mps" else torch.float64
     try:
         c = torch.tensor(value, dtype=dtype, device=device)
