@@ -207,14 +207,17 @@ class _Lincomb(torch.autograd.Function):
 # ---- public function ---------------------------------------------------------------------------------
 
 
+_LISTS = (list, tuple)
 _numbers: dict[tuple, Tensor] = {}  # coefficients given as a list, which a training loop repeats
 
 
 def _coefficients(value: Any, count: int, length: int, like: Tensor) -> Tensor:
-    if type(value) is list and len(value) == count and not torch.compiler.is_compiling():
-        c = _kept_numbers(value, like.device)
-        if c is not None:
-            return c
+    if type(value) in _LISTS and len(value) == count and not torch.compiler.is_compiling():
+        # The list as it was before. (1 and True are equal to 1.0, and make the same tensor.)
+        try:
+            return _numbers[like.device, *value]
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            pass  # new, or without a hash, or without a truth when it is compared
     if isinstance(value, Tensor):
         c = value
         if c.dtype not in _check.FLOATS:
@@ -233,29 +236,14 @@ def _coefficients(value: Any, count: int, length: int, like: Tensor) -> Tensor:
     return c
 
 
-def _kept_numbers(value: list, device: torch.device) -> Tensor | None:
-    """The tensor (K,) made of an equal list before. (1 and True are equal to 1.0, and make the same tensor.)"""
-    try:
-        return _numbers.get((device, *value))
-    except (
-        TypeError,
-        ValueError,
-        RuntimeError,
-    ):  # what has no hash, or no truth when it is compared
-        return None
-
-
 def _from_numbers(value: Any, device: torch.device) -> Tensor:
     """A tensor of a list. Short lists of numbers are kept: making one costs as much as a small call, and
     waits for the device on a GPU. (Zeros are not: 0.0 and -0.0 are one key.)
     """
     key = None
-    if type(value) in (list, tuple) and len(value) <= 64 and not torch.compiler.is_compiling():
+    if type(value) in _LISTS and len(value) <= 64 and not torch.compiler.is_compiling():
         if all([type(v) is float and v != 0.0 for v in value]):
             key = (device, *value)
-            found = _kept_numbers([*value], device)
-            if found is not None:
-                return found
     dtype = torch.float32 if device.type == "mps" else torch.float64
     try:
         c = torch.tensor(value, dtype=dtype, device=device)
