@@ -1093,6 +1093,29 @@ def _(dgram, tensors, base, by_row, need_tensors):
     return [t.new_empty(t.shape) for t, need in zip((*tensors, *base), need_tensors) if need]
 
 
+# ---- weights.model_stock -----------------------------------------------------------------------------
+
+# Arguments and dots are gram's; merged in the dtype of what goes in, promoted.
+
+
+@op(
+    "weights.model_stock",
+    "model_stock(Tensor[] tensors, Tensor[] base, int models, bool by_row)"
+    " -> (Tensor[] merged, Tensor gram)",
+)
+def _(tensors, base, models, by_row):
+    length = len(tensors) // models
+    like = tensors[:length]
+    rows = sum([t.shape[0] for t in like]) if by_row else length
+    merged = []
+    for item, t in enumerate(like):
+        dtype = base[item].dtype
+        for other in tensors[item::length]:
+            dtype = torch.promote_types(dtype, other.dtype)
+        merged.append(t.new_empty(t.shape, dtype=dtype))
+    return merged, like[0].new_empty((rows, models, models), dtype=torch.float64)
+
+
 # ---- weights.row_lincomb -----------------------------------------------------------------------------
 
 # lincomb with coefficients (K, rows of all L tensors), the rows along the first dimension of each.

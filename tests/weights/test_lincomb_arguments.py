@@ -89,3 +89,18 @@ def test_a_clear_error_or_a_result(tensors, coefficients, base, out_dtype, out):
         lincomb(tensors, coefficients, base=base, out_dtype=out_dtype, out=out)
     except (ValueError, TypeError) as error:
         assert str(error).startswith(("tensors", "coefficients", "base", "out")), error
+
+
+def test_lists_of_coefficients_seen_before():
+    a, b = torch.ones(3, device=DEVICE), torch.full((3,), 2.0, device=DEVICE)
+    for _ in range(2):
+        assert torch.equal(lincomb([a, b], [1.0, 3.0]), 7 * a)
+        assert torch.equal(lincomb([a, b], [1, 3]), 7 * a)  # equal numbers, the same tensor
+        assert lincomb([a], [-0.0])[0].signbit() and not lincomb([a], [0.0])[0].signbit()
+        assert lincomb([a], [float("nan")]).isnan().all()
+        with pytest.raises(ValueError, match=r"coefficients: expected shape \(3,\)"):
+            lincomb([a, a, b], [1.0, 3.0])
+        with pytest.raises(TypeError, match="coefficients: expected a tensor or a list"):
+            lincomb([a, b], [a, b])
+        with pytest.raises(TypeError, match="coefficients: expected a tensor or a list"):
+            lincomb([a, b], ["1", {}])

@@ -32,6 +32,7 @@ EVERY = [
     TaskArithmetic([0.3, 0.2]), Copy(1), FromBase(), Slerp(0.25), MultiSlerp(), Karcher([1, 2]),
     ModelStock(), Ties(0.3), Dare(0.5), Breadcrumbs(), Della(),
 ]  # fmt: skip
+OTHER_VOTES = [Dare(0.5, consensus="mass"), Breadcrumbs(consensus="count"), Della(consensus=None)]
 CALLED = {
     Slerp: "slerp", MultiSlerp: "multi_slerp", Karcher: "karcher_mean", ModelStock: "model_stock",
     Ties: "ties", Dare: "dare", Breadcrumbs: "breadcrumbs", Della: "della",
@@ -65,7 +66,7 @@ def test_methods_are_values(method):
         method.seed = 1
 
 
-@pytest.mark.parametrize("method", EVERY, ids=repr)
+@pytest.mark.parametrize("method", [*EVERY, *OTHER_VOTES], ids=repr)
 def test_each_method_merges_state_dicts(method):
     needs(method)
     models, base = states(2), states(1)[0]

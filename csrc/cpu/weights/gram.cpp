@@ -9,27 +9,9 @@
 // their 16 sums in registers. Sums: vector lanes over a tile, lanes of doubles over the tiles of a
 // chunk, then double over the lanes and over the chunks, in order. What is not stored as
 // accumulators is first widened into the tile.
-#include "tiles.h"
+#include "gram_kernels.h"
 
 namespace solera {
-
-struct GramItem {
-  const WeightStream* streams;  // K of them
-  WeightStream base;            // data may be null
-  int count;                    // K
-};
-
-constexpr int kGramTile = 1024;
-
-struct GramTable {
-  // Indexed by accumulator: 0 float, 1 double. scratch holds (K + 1) tiles of doubles, as many
-  // pointers, and a vector of doubles for each of the K (K + 1) / 2 pairs.
-  void (*forward[2])(const GramItem&, int64_t offset, int64_t count, double* pairs, void* scratch);
-  // factors is (K + 1, K); outputs has K + 1, the base's last, data null where none is wanted.
-  void (*backward[2])(const GramItem&, const double* factors, const WeightOutput* outputs,
-                      int64_t offset, int64_t count, bool streaming, void* scratch);
-};
-
 namespace SOLERA_ISA {
 namespace {
 
@@ -55,9 +37,10 @@ SOLERA_INLINE void add_lanes(vf v, double* to) {
 
 // Adds the dots of I streams with J others, or (J = 0) among themselves, lane by lane to `sums`:
 // the vector of streams i >= j lies at i (i + 1) / 2 + j. n is a multiple of the vector's lanes.
-template <class A, int I, int J, bool kBase>
+// With kSum a block among themselves also adds its deltas to `total` (the first one begins it).
+template <class A, int I, int J, bool kBase, bool kSum = false>
 void add_block(const A* const* left, const A* const* right, const A* base, int n, int first,
-               int second, double* sums) {
+               int second, double* sums, A* total = nullptr) {
   constexpr int kSums = J == 0 ? I * (I + 1) / 2 : I * J;
   int place[kSums];
   for (int i = 0; i < I; ++i)
@@ -75,6 +58,12 @@ void add_block(const A* const* left, const A* const* right, const A* base, int n
     if constexpr (J == 0) {
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i) __builtin_prefetch(left[i] + j + kGramTile);
+      if constexpr (kSum) {
+        V<A> all = first == 0 ? x[0] : load((const A*)total + j) + x[0];
+#pragma GCC unroll 4
+        for (int i = 1; i < I; ++i) all += x[i];
+        store(total + j, all);
+      }
 #pragma GCC unroll 4
       for (int i = 0; i < I; ++i)
 #pragma GCC unroll 4
@@ -92,22 +81,23 @@ void add_block(const A* const* left, const A* const* right, const A* base, int n
   for (int s = 0; s < kSums; ++s) add_lanes(sum[s], sums + int64_t(place[s]) * kWide<A>);
 }
 
-template <class A, bool kBase>
-void add_pairs(const A* const* w, const A* base, int count, int n, double* sums) {
+template <class A, bool kBase, bool kSum = false>
+void add_pairs(const A* const* w, const A* base, int count, int n, double* sums,
+               A* total = nullptr) {
   for (int first = 0; first < count; first += kBlock) {
     const A* const* left = w + first;
     switch (count - first < kBlock ? count - first : kBlock) {
       case 1:
-        add_block<A, 1, 0, kBase>(left, left, base, n, first, first, sums);
+        add_block<A, 1, 0, kBase, kSum>(left, left, base, n, first, first, sums, total);
         break;
       case 2:
-        add_block<A, 2, 0, kBase>(left, left, base, n, first, first, sums);
+        add_block<A, 2, 0, kBase, kSum>(left, left, base, n, first, first, sums, total);
         break;
       case 3:
-        add_block<A, 3, 0, kBase>(left, left, base, n, first, first, sums);
+        add_block<A, 3, 0, kBase, kSum>(left, left, base, n, first, first, sums, total);
         break;
       default:
-        add_block<A, 4, 0, kBase>(left, left, base, n, first, first, sums);
+        add_block<A, 4, 0, kBase, kSum>(left, left, base, n, first, first, sums, total);
     }
     for (int second = first + kBlock; second < count; second += kBlock) {
       const A* const* right = w + second;
@@ -153,23 +143,69 @@ SOLERA_INLINE void each_tile(const GramItem& item, int64_t offset, int64_t count
 }
 
 template <class A>
-void gram_forward(const GramItem& item, int64_t offset, int64_t count, double* pairs,
-                  void* scratch) {
+void gram_forward(const GramItem& item, int64_t offset, int64_t count, double* pairs, void* kept,
+                  bool streaming, void* scratch) {
   constexpr int L = kWide<A>;
-  const int64_t total = int64_t(item.count) * (item.count + 1) / 2;
+  alignas(64) A total[kGramTile];
+  const int64_t all = int64_t(item.count) * (item.count + 1) / 2;
   double* sums = (double*)scratch + int64_t(item.count + 1) * (kGramTile + 1);
-  memset(sums, 0, size_t(total * L) * sizeof(double));
+  memset(sums, 0, size_t(all * L) * sizeof(double));
   each_tile<A>(item, offset, count, scratch,
-               [&](const A* const* w, const A* base, int64_t, int, int m) {
-                 if (base)
+               [&](const A* const* w, const A* base, int64_t start, int n, int m) {
+                 if (kept) {
+                   add_pairs<A, true, true>(w, base, item.count, m, sums, total);
+                   A* to = (A*)kept + (start - offset);
+                   const bool past = streaming && can_stream(to);
+                   tile_strips<L>(n, [&](int64_t j, int lanes) {
+                     put_as<A>(to + j, load((const A*)total + j), lanes, past);
+                   });
+                 } else if (base) {
                    add_pairs<A, true>(w, base, item.count, m, sums);
-                 else
+                 } else {
                    add_pairs<A, false>(w, nullptr, item.count, m, sums);
+                 }
                });
-  for (int64_t i = 0; i < total; ++i) {
+  for (int64_t i = 0; i < all; ++i) {
     pairs[i] = 0;
     for (int lane = 0; lane < L; ++lane) pairs[i] += sums[i * L + lane];
   }
+  if (kept && streaming) stream_fence();
+}
+
+// The sum of the deltas in the order in which add_block takes it.
+template <class A>
+SOLERA_INLINE void sum_tile(const A* const* w, const A* base, int count, int m, A* total) {
+  for (int j = 0; j < m; j += kWide<A>) {
+    V<A> sum = delta_at<A, true>(w[0], base, j);
+    for (int k = 1; k < count; ++k) sum += delta_at<A, true>(w[k], base, j);
+    store(total + j, sum);
+  }
+}
+
+template <class A>
+void gram_move_base(const GramItem& item, double factor, const void* kept, const WeightOutput& out,
+                    int64_t offset, int64_t count, bool streaming, void* scratch) {
+  alignas(64) A tile[kGramTile];
+  const auto move = [&](const A* base, const A* sums, int64_t start, int n) {
+    store_tile<A>(out, start, n, streaming, [&](int64_t j, int lanes) {
+      return get_as<A>(base + j, lanes) + splat(A(factor)) * get_as<A>(sums + j, lanes);
+    });
+  };
+  if (kept == nullptr) {
+    each_tile<A>(item, offset, count, scratch,
+                 [&](const A* const* w, const A* base, int64_t start, int n, int m) {
+                   sum_tile<A>(w, base, item.count, m, tile);
+                   move(base, tile, start, n);
+                 });
+  } else {
+    for (int64_t start = offset; start < offset + count; start += kGramTile) {
+      const int64_t left = offset + count - start;
+      const int n = int(left < kGramTile ? left : kGramTile);
+      move(as_accumulators(item.base.data, item.base.dtype, start, n, tile),
+           (const A*)kept + (start - offset), start, n);
+    }
+  }
+  if (streaming) stream_fence();
 }
 
 template <class A, bool kBase>
@@ -205,51 +241,23 @@ void gram_backward(const GramItem& item, const double* factors, const WeightOutp
 
 }  // namespace
 
-extern const GramTable gram_table;
 const GramTable gram_table = {
     {gram_forward<float>, gram_forward<double>},
     {gram_backward<float>, gram_backward<double>},
+    {gram_move_base<float>, gram_move_base<double>},
 };
 
 }  // namespace SOLERA_ISA
 }  // namespace solera
 
 #ifdef SOLERA_FRONT
-#include "tensor_lists.h"
-#include "weight_lists.h"
+#include "gram_lists.h"
 
 namespace solera {
 
 SOLERA_PICK(GramTable, gram_table)
 
 namespace {
-
-// What each thread keeps for its tiles and sums.
-void* gram_scratch(int64_t models) {
-  constexpr int64_t kMostLanes = 16;
-  thread_local std::vector<double> held;
-  const size_t wanted =
-      size_t((models + 1) * (kGramTile + 1) + models * (models + 1) / 2 * kMostLanes + 8);
-  if (held.size() < wanted) held.resize(wanted);
-  // Vectors are loaded from cache lines of their own.
-  return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(held.data()) + 63) / 64 * 64);
-}
-
-struct GramLists : WeightLists {
-  WeightRows rows;
-
-  GramLists(const std::vector<Tensor>& tensors, int64_t models, const std::vector<Tensor>& base,
-            bool by_row)
-      : WeightLists("gram", tensors, models, models > 0 ? int64_t(tensors.size()) / models : 0,
-                    base),
-        rows(std::vector<Tensor>(tensors.begin(), tensors.begin() + length), by_row) {
-    STD_TORCH_CHECK(length > 0, "gram: expected at least one model of at least one tensor");
-    const std::vector<Tensor> first(tensors.begin(), tensors.begin() + length);
-    same_shapes(tensors, first);
-    same_shapes(base, first);
-  }
-  GramItem item(int64_t l) const { return {&streams[l * models], base(l), int(models)}; }
-};
 
 Tensor gram(const std::vector<Tensor>& tensors, const std::vector<Tensor>& base, int64_t models,
             bool by_row) {
@@ -262,22 +270,15 @@ Tensor gram(const std::vector<Tensor>& tensors, const std::vector<Tensor>& base,
   const TensorChunks& chunks = lists.rows.chunks();
   std::vector<double> partial(size_t(chunks.total() * total));
   const auto& table = pick_gram_table();
-  chunks.parallel(
-      kListChunk * 4 * (K + 1), [&](size_t row, int64_t offset, int64_t count, int64_t chunk) {
-        const auto at = lists.rows.find(int64_t(row));
-        table.forward[int(wide[at.tensor])](lists.item(at.tensor), at.start + offset, count,
-                                            &partial[chunk * total], gram_scratch(K));
-      });
+  chunks.parallel(kListChunk * 4 * (K + 1), [&](size_t row, int64_t offset, int64_t count,
+                                                int64_t chunk) {
+    const auto at = lists.rows.find(int64_t(row));
+    table.forward[int(wide[at.tensor])](lists.item(at.tensor), at.start + offset, count,
+                                        &partial[chunk * total], nullptr, false, gram_scratch(K));
+  });
   double* to = static_cast<double*>(out.mutable_data_ptr());
-  for (int64_t row = 0; row < lists.rows.total(); ++row, to += K * K) {
-    for (int64_t i = 0; i < K; ++i)
-      for (int64_t j = 0; j <= i; ++j) {
-        double sum = 0;
-        for (int64_t c = chunks.first(row); c < chunks.first(row + 1); ++c)
-          sum += partial[c * total + i * (i + 1) / 2 + j];
-        to[i * K + j] = to[j * K + i] = sum;
-      }
-  }
+  for (int64_t row = 0; row < lists.rows.total(); ++row)
+    sum_chunks(partial.data(), chunks.first(row), chunks.first(row + 1), K, to + row * K * K);
   return out;
 }
 

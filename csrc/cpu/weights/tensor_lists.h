@@ -84,6 +84,8 @@ class WeightRows {
     return {int64_t(low), (row - first_[low]) * lengths_[low]};
   }
   int64_t total() const { return first_.back(); }
+  int64_t count(int64_t tensor) const { return first_[tensor + 1] - first_[tensor]; }
+  int64_t length(int64_t tensor) const { return lengths_[tensor]; }
   const TensorChunks& chunks() const { return chunks_; }
 
  private:

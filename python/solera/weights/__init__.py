@@ -37,7 +37,7 @@ from .embeddings import (
     pairwise_cosine_diversity,
 )
 from .federated import principal_aggregate, softmax_margin_ce
-from .geometry import karcher_mean, model_stock, multi_slerp, slerp
+from .geometry import karcher_mean, multi_slerp, slerp
 from .gram import gram
 from .householder import householder_chain, householder_merge, householder_penalty
 from .importance import importance_mask, importance_merge, masked_lerp_, prune_rewind
@@ -56,6 +56,7 @@ from .mixing import (
     softplus_weight,
     weighted_sum,
 )
+from .model_stock import model_stock
 from .perturb import normalized_step, perturb_weights_, sam_perturb_, sam_restore_
 from .reparam import gradient_dropout, masked_weight, mixout, weight_compand
 from .reparam_linear import masked_linear, mixout_linear

@@ -41,11 +41,12 @@ def random_words(seed: int | Tensor, key: int, stream: int, elements: int, devic
     if not isinstance(seed, Tensor):
         seed = torch.tensor(seed, dtype=torch.int64, device=device)
     seed = seed.reshape(())
-    e = torch.arange(elements, device=seed.device)
-    block = e // 512 * 128 + e % 128
-    zero = torch.zeros_like(e)
+    chunks = (elements + 511) // 512
+    block = torch.arange(chunks * 128, device=seed.device)
+    zero = torch.zeros_like(block)
     words = philox(
         (block & _LOW, block >> 32, zero + key, zero + stream),
         (seed & _LOW, (seed >> 32) & _LOW),
     )
-    return torch.stack(words).gather(0, (e % 512 // 128).unsqueeze(0)).squeeze(0)
+    # Four words a block, of each chunk the first ones first.
+    return torch.stack(words).view(4, chunks, 128).transpose(0, 1).reshape(-1)[:elements]

@@ -17,9 +17,12 @@ _op = torch.ops.solera
 
 
 class Span:
-    """K models (and a base) as vectors: `gram` (R, K, K) in float64, one matrix for each tensor or each row."""
+    """K models (and a base) as vectors: `gram` (R, K, K) in float64, one matrix for each tensor or each row.
 
-    def __init__(self, tensors: Sequence[Any], base: Any, dim: int | None):
+    stock: merged by the op `model_stock`, which takes the dots too; `combine` then only records its coefficients.
+    """
+
+    def __init__(self, tensors: Sequence[Any], base: Any, dim: int | None, stock: bool = False):
         self.tensors, self.dim = tensors, dim
         self.kind, self.keys, self.whole, flat = gathered(tensors, base)
         self.length = len(self.keys)
@@ -30,7 +33,14 @@ class Span:
             flat = [as_rows(t, dim) for t in flat]
         self.flat = flat
         self.rows = [1 if dim is None else t.shape[0] for t in flat[: self.length]]
-        self.gram = gram_of(flat, len(tensors), self.split, dim is not None)
+        args = len(tensors), self.split, dim is not None
+        self.merged, known = None, None
+        if stock and not use_reference():
+            with torch.no_grad():
+                self.merged, known = _op.model_stock(
+                    flat[: self.split], flat[self.split :], len(tensors), dim is not None
+                )
+        self.gram = gram_of(flat, *args, known)
 
     def per_row(self, name: str, value: Any) -> Any:
         """A number, a tensor without dimensions, or (L,) with a number for each tensor: one for each row."""
@@ -62,14 +72,17 @@ class Span:
     def combine(self, c: Tensor) -> Any:
         """The combination with coefficients (R, K), around the base if there is one, in the models' form."""
         c = c.mT.contiguous()
-        flat, split, results = self.flat, self.split, None
+        flat, split = self.flat, self.split
+        results: Any
         if self.dim is not None:
-            found = combine_rows(flat, c, split)
+            found = combine_rows(flat, c, split, None, self.merged)
             results = [from_rows(y, t, self.dim) for y, t in zip(found, self.like)]
         elif use_reference():
             results = lincomb_reference(flat[:split], c, flat[split:], None)
         elif torch.is_grad_enabled() and (c.requires_grad or any([t.requires_grad for t in flat])):
-            results = _Lincomb.apply(c, c.requires_grad, self.length, None, *flat)
+            results = _Lincomb.apply(c, c.requires_grad, self.length, None, self.merged, *flat)
+        elif self.merged is not None:
+            results = self.merged
         else:
             results = _op.lincomb(flat[:split], c, flat[split:], None)
         return packed(self.kind, self.keys, self.whole, results, self.tensors)

@@ -97,20 +97,20 @@ def _gram_backward(dgram, tensors, base, by_row, need_tensors):
 
 
 class _Gram(torch.autograd.Function):
-    """The K * L tensors followed by the base's L (or none) -> (R, K, K)."""
+    """The K * L tensors followed by the base's L (or none) -> (R, K, K), or `known` where it is there already."""
 
     @staticmethod
-    def forward(ctx, models, split, by_row, *flat):
+    def forward(ctx, models, split, by_row, known, *flat):
         ctx.split, ctx.by_row = split, by_row
         ctx.save_for_backward(*flat)
-        return _op.gram(flat[:split], flat[split:], models, by_row)
+        return known[0] if known else _op.gram(flat[:split], flat[split:], models, by_row)
 
     @staticmethod
     def backward(ctx, dgram):
-        flat, need = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        flat, need = ctx.saved_tensors, ctx.needs_input_grad[4:]
         backward = gram_vjp if torch.is_grad_enabled() else _op.gram_backward
         found = iter(backward(dgram, flat[: ctx.split], flat[ctx.split :], ctx.by_row, need))
-        return (None, None, None, *(next(found) if needed else None for needed in need))
+        return (None, None, None, None, *(next(found) if needed else None for needed in need))
 
 
 # ---- models as rows ----------------------------------------------------------------------------------
@@ -148,12 +148,20 @@ def from_rows(rows: Tensor, like: Tensor, dim: int) -> Tensor:
     return rows if dim in (0, -like.dim()) else rows.movedim(0, dim).contiguous()
 
 
-def gram_of(flat: Sequence[Tensor], models: int, split: int, by_row: bool) -> Tensor:
-    """The dots (R, K, K) of checked tensors laid out model by model, the base after `split`."""
+def gram_of(
+    flat: Sequence[Tensor], models: int, split: int, by_row: bool, known: Tensor | None = None
+) -> Tensor:
+    """The dots (R, K, K) of checked tensors laid out model by model, the base after `split`.
+
+    known: the dots, where another op took them: what is left is to record how they came about.
+    """
     if use_reference():
         return gram_reference(flat[:split], flat[split:], models, by_row)
     if torch.is_grad_enabled() and any([t.requires_grad for t in flat]):
-        return _Gram.apply(models, split, by_row, *flat)
+        # In a list: to autograd they are no input.
+        return _Gram.apply(models, split, by_row, [] if known is None else [known], *flat)
+    if known is not None:
+        return known
     return _op.gram(flat[:split], flat[split:], models, by_row)
 
 

@@ -152,23 +152,23 @@ def _lincomb_backward(grads, tensors, coefficients, base, need_coefficients, nee
 
 
 class _Lincomb(torch.autograd.Function):
-    """coefficients and the K * L tensors followed by the base's L (or none) -> L tensors."""
+    """coefficients and the K * L tensors followed by the base's L (or none) -> L tensors, or `known`."""
 
     @staticmethod
-    def forward(ctx, coefficients, need_coefficients, length, out_dtype, *flat):
+    def forward(ctx, coefficients, need_coefficients, length, out_dtype, known, *flat):
         split = coefficients.shape[0] * length
         ctx.length, ctx.split = length, split
         ctx.dtypes = [t.dtype for t in flat]
         # Only the dots read the tensors: without them no tensor is kept.
         ctx.save_for_backward(coefficients, *(flat if need_coefficients else ()))
         ctx.set_materialize_grads(False)
-        return tuple(_op.lincomb(flat[:split], coefficients, flat[split:], out_dtype))
+        return tuple(known or _op.lincomb(flat[:split], coefficients, flat[split:], out_dtype))
 
     @staticmethod
     def backward(ctx, *grads):
         coefficients, *flat = ctx.saved_tensors
         length, needs = ctx.length, ctx.needs_input_grad
-        need_coefficients, need_tensors = needs[0], needs[4:]
+        need_coefficients, need_tensors = needs[0], needs[5:]
         live = [item for item, g in enumerate(grads) if g is not None]
         if not live:
             return (None,) * len(needs)
@@ -201,16 +201,23 @@ class _Lincomb(torch.autograd.Function):
         dtensors: list[Tensor | None] = [None] * len(flat)
         for i, gradient in zip([i for i in kept if need_tensors[i]], found):
             dtensors[i] = gradient
-        return dcoefficients, None, None, None, *dtensors
+        return dcoefficients, None, None, None, None, *dtensors
 
 
 # ---- public function ---------------------------------------------------------------------------------
 
 
+_LISTS = (list, tuple)
 _numbers: dict[tuple, Tensor] = {}  # coefficients given as a list, which a training loop repeats
 
 
 def _coefficients(value: Any, count: int, length: int, like: Tensor) -> Tensor:
+    if type(value) in _LISTS and len(value) == count and not torch.compiler.is_compiling():
+        # The list as it was before. (1 and True are equal to 1.0, and make the same tensor.)
+        try:
+            return _numbers[like.device, *value]
+        except (KeyError, TypeError, ValueError, RuntimeError):
+            pass  # new, or without a hash, or without a truth when it is compared
     if isinstance(value, Tensor):
         c = value
         if c.dtype not in _check.FLOATS:
@@ -234,11 +241,9 @@ def _from_numbers(value: Any, device: torch.device) -> Tensor:
     waits for the device on a GPU. (Zeros are not: 0.0 and -0.0 are one key.)
     """
     key = None
-    if type(value) in (list, tuple) and len(value) <= 64 and not torch.compiler.is_compiling():
+    if type(value) in _LISTS and len(value) <= 64 and not torch.compiler.is_compiling():
         if all([type(v) is float and v != 0.0 for v in value]):
             key = (device, *value)
-            if key in _numbers:
-                return _numbers[key]
     dtype = torch.float32 if device.type == "mps" else torch.float64
     try:
         c = torch.tensor(value, dtype=dtype, device=device)
@@ -412,7 +417,7 @@ def lincomb(
         if reference_only:
             results = lincomb_reference(flat, c, around, out_dtype)
         elif graph:
-            results = _Lincomb.apply(c, c.requires_grad, length, out_dtype, *flat, *around)
+            results = _Lincomb.apply(c, c.requires_grad, length, out_dtype, None, *flat, *around)
         else:
             results = _lincomb_op(flat, c, around, out_dtype)
     except RuntimeError:

@@ -323,6 +323,10 @@ class ModelStock(_Geometric):
     dim: int | None = None
     uses_base: ClassVar[bool] = True
 
+    def scratch(self, count):
+        # The sums between its two passes (of 8 MiB at most).
+        return 1.0 if compiled_library is not None else super().scratch(count)
+
     def check(self, count, base):
         super().check(count, base)
         if count < 2:
@@ -348,13 +352,13 @@ class _TaskVectors(Method):
         _numbers(self, "weights", getattr(self, "weights", None))
         _within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
 
-    def _drawn(self, function, name, tensors, base, out_dtype, seed, options):
+    def _drawn(self, function, name, tensors, base, out_dtype, seed, options, **more):
         """By name, as state dicts of one entry, since masks are drawn by name."""
         tensors, base = _widened(tensors, base, out_dtype)
         numbers = (self._mean_weights(len(tensors)), getattr(self, "density"))  # noqa: B009
         chosen = {key: getattr(self, key) for key in options}
         named = [{name: t} for t in tensors]
-        return _function(function)({name: base}, named, *numbers, seed=seed, **chosen)[name]
+        return _function(function)({name: base}, named, *numbers, seed=seed, **chosen, **more)[name]
 
 
 @dataclass(frozen=True)
@@ -435,4 +439,6 @@ class Della(_TaskVectors):
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         options = ("epsilon", "rescale", "consensus", "scale")
-        return self._drawn("della", name, tensors, base, out_dtype, seed, options)
+        # Without a vote nothing is divided by.
+        more = {} if self.consensus is not None else {"divide": None}
+        return self._drawn("della", name, tensors, base, out_dtype, seed, options, **more)

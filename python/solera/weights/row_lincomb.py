@@ -112,20 +112,22 @@ def _row_lincomb_backward(grads, tensors, coefficients, base, need_coefficients,
 
 
 class _RowLincomb(torch.autograd.Function):
-    """coefficients (K, R) and the K * L tensors followed by the base's L (or none) -> L tensors."""
+    """coefficients (K, R) and the K * L tensors followed by the base's L (or none) -> L tensors, or `known`."""
 
     @staticmethod
-    def forward(ctx, coefficients, need_coefficients, length, out_dtype, *flat):
+    def forward(ctx, coefficients, need_coefficients, length, out_dtype, known, *flat):
         ctx.split = coefficients.shape[0] * length
         ctx.dtypes = [t.dtype for t in flat]
         # Only the dots read the tensors: without them no tensor is kept.
         ctx.save_for_backward(coefficients, *(flat if need_coefficients else ()))
+        if known:
+            return tuple(known)
         return tuple(_op.row_lincomb(flat[: ctx.split], coefficients, flat[ctx.split :], out_dtype))
 
     @staticmethod
     def backward(ctx, *grads):
         coefficients, *flat = ctx.saved_tensors
-        need_coefficients, need = ctx.needs_input_grad[0], ctx.needs_input_grad[4:]
+        need_coefficients, need = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
         if not flat:
             flat = [grads[0].new_empty(0, dtype=d) for d in ctx.dtypes]
         backward = row_lincomb_vjp if torch.is_grad_enabled() else _op.row_lincomb_backward
@@ -135,7 +137,7 @@ class _RowLincomb(torch.autograd.Function):
         found = iter(out)
         return (
             dots.to(coefficients.dtype) if need_coefficients else None,
-            None, None, None,
+            None, None, None, None,
             *(next(found) if needed else None for needed in need),
         )  # fmt: skip
 
@@ -144,13 +146,22 @@ class _RowLincomb(torch.autograd.Function):
 
 
 def combine_rows(
-    flat: Sequence[Tensor], c: Tensor, split: int, out_dtype: torch.dtype | None = None
+    flat: Sequence[Tensor],
+    c: Tensor,
+    split: int,
+    out_dtype: torch.dtype | None = None,
+    known: Sequence[Tensor] | None = None,
 ) -> Sequence[Tensor]:
-    """The combinations of checked tensors whose rows lie along the first dimension, the base after `split`."""
+    """The combinations of checked tensors whose rows lie along the first dimension, the base after `split`.
+
+    known: the results, where another op made them: what is left is to record how.
+    """
     if use_reference():
         return row_lincomb_reference(flat[:split], c, flat[split:], out_dtype)
     if torch.is_grad_enabled() and (c.requires_grad or any([t.requires_grad for t in flat])):
-        return _RowLincomb.apply(c, c.requires_grad, split // c.shape[0], out_dtype, *flat)
+        return _RowLincomb.apply(c, c.requires_grad, split // c.shape[0], out_dtype, known, *flat)
+    if known is not None:
+        return known
     return _op.row_lincomb(flat[:split], c, flat[split:], out_dtype)
 
 
