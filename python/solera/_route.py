@@ -69,6 +69,8 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:
     """The dtype autocast would give a matrix product on x's device, or None outside autocast."""
     kind = x.device.type
-    if torch.is_autocast_enabled(kind):
+    if kind != "meta" and torch.is_autocast_enabled(
+        kind
+    ):  # which raises for a kind it does not know
         return torch.get_autocast_dtype(kind)
     return None
