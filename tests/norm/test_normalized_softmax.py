@@ -199,6 +199,15 @@ def test_no_logits_are_kept():
     assert max(t.numel() for t in saved) < 64 * 4096
 
 
+@pytest.mark.parametrize("name", MARGINS)
+def test_inference_mode(name):
+    x, weight, y = problem()
+    want = normalized_softmax_cross_entropy(x, weight, y, margin=MARGINS[name][0])
+    with torch.inference_mode():
+        got = normalized_softmax_cross_entropy(x, weight, y, margin=MARGINS[name][0])
+    torch.testing.assert_close(got, want.detach(), rtol=0, atol=0)
+
+
 def test_same_bits_twice_and_reference_backend():
     x, weight, y = problem(torch.float32, 40, 300, 16)
     run = lambda: torch.autograd.grad(

@@ -109,9 +109,13 @@ class _Head:
         if label is not None:  # given, and its gradient is the caller's
             self.label, self.slope = label, torch.zeros_like(label)
             return
+        if margin is None or torch.is_inference_mode_enabled():  # where no slope will be asked for
+            self.label = cosine if margin is None else margin(cosine, self.x_norm)
+            self.slope = torch.ones_like(cosine)
+            return
         with torch.enable_grad():
             leaf = cosine.detach().requires_grad_()
-            moved = leaf if margin is None else margin(leaf, self.x_norm)
+            moved = margin(leaf, self.x_norm)
             (slope,) = torch.autograd.grad(moved.sum(), leaf)
         self.label, self.slope = moved.detach(), slope
 
