@@ -8,7 +8,7 @@ import torch
 from helpers import DEVICE
 
 import solera.weights
-from solera.weights import merge
+from solera.weights import merge, merge_files
 from solera.weights._rules import checked_rules, chosen, parse
 from solera.weights._safetensors import write_file
 from solera.weights.methods import (
@@ -140,6 +140,18 @@ def test_rules_choose_by_name_and_the_first_match_wins():
     torch.testing.assert_close(
         merged["a.weight"], (models[0]["a.weight"] + models[1]["a.weight"]) / 2
     )
+
+
+def test_a_dry_run_knows_unused_rules_and_useless_devices(tmp_path):
+    write_file(tmp_path / "a.safetensors", {"layer.0.bias": torch.ones(3)}, {})
+    rules = {"re:layer": Copy(), "re:layer.*": Copy(), "layer.0.bias": Copy()}
+    path = tmp_path / "a.safetensors"
+    plan = merge_files([path], tmp_path / "out", Linear(), rules=rules, dry_run=True)
+    assert plan.notes == ["rule 're:layer' matches the whole name of no tensor"]
+    assert "note     rule 're:layer'" in str(plan)
+    for device in ("nowhere", "meta"):
+        with pytest.raises(ValueError, match=f"device: .*{device}"):
+            merge_files([path], tmp_path / "out", Linear(), device=device, dry_run=True)
 
 
 def test_results_share_no_memory_with_the_models():
