@@ -9,8 +9,10 @@ picks by device.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import wraps
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -79,3 +81,32 @@ def autocast_enabled(x: torch.Tensor) -> bool:
 def without_autocast(x: torch.Tensor) -> torch.autocast:
     """A context in which products on x's device keep their operands' dtype."""
     return torch.autocast("cpu" if x.device.type == "meta" else x.device.type, enabled=False)
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def full_precision(function: _Function) -> _Function:
+    """For a composition that is to be computed in its inputs' precision: autocast would round its products to half.
+
+    The device is that of the first tensor among the arguments.
+    """
+
+    @wraps(function)
+    def call(*args, **kwargs):
+        x = _first_tensor((*args, *kwargs.values()))
+        if x is None or autocast_dtype(x) is None:
+            return function(*args, **kwargs)
+        with without_autocast(x):
+            return function(*args, **kwargs)
+
+    return call  # type: ignore[return-value]
+
+
+def _first_tensor(values: tuple[Any, ...]) -> torch.Tensor | None:
+    for value in values:
+        if isinstance(value, tuple | list):
+            value = _first_tensor(tuple(value))
+        if isinstance(value, torch.Tensor):
+            return value
+    return None

@@ -200,6 +200,21 @@ def test_differing_totals_without_validation():
     torch.testing.assert_close(r.marginal_error, torch.ones(2, device=DEVICE), atol=1e-3, rtol=0)
 
 
+@pytest.mark.no_interpreter
+def test_the_warning_survives_a_cost_of_nothing_finite():
+    for value in (math.nan, INF):
+        cost = torch.full((1, 3, 4), value)
+        with pytest.warns(UserWarning, match="1 of 1 problems"):
+            r = sinkhorn(cost, epsilon=0.1, tolerance=1e-6, validate=False)
+        assert not r.converged.any()
+
+
+def test_totals_that_nearly_agree_are_told_apart():
+    third = torch.full((3,), 1 / 3, dtype=torch.float64, device=DEVICE)
+    with pytest.raises(ValueError, match=r"got 1\.000001 and 1 "):
+        sinkhorn(C.double(), (1 + 1e-6) * third, epsilon=1, validate=True)
+
+
 ODD = st.one_of(
     st.none(),
     st.floats(),

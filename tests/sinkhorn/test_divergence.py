@@ -55,6 +55,23 @@ def test_divergence_gradients_and_masses():
         sinkhorn_divergence(x, y, epsilon=0.1, reach=(None, 1.0))
 
 
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("reach", [None, 0.6])
+def test_divergence_under_torch_func(reach):
+    x, y, a, b = (t.detach() for t in clouds(5, 4, 2))
+    f = lambda x, a: sinkhorn_divergence(
+        x, y, a.softmax(-1), b, epsilon=0.4, max_iterations=80, reach=reach
+    )
+    want = torch.autograd.functional.jacobian(f, (x, a))
+    for got, exact in zip(torch.func.grad(f, argnums=(0, 1))(x, a), want):
+        assert relative_error(got, exact) < 1e-7
+    v = torch.rand_like(x)
+    _, slope = torch.func.jvp(lambda x: f(x, a), (x,), (v,))
+    assert relative_error(slope, (want[0] * v).sum()) < 1e-7
+    both = torch.func.vmap(f, in_dims=(0, None))(torch.stack([x, x + 0.1]), a)
+    torch.testing.assert_close(both[1], f(x + 0.1, a), rtol=1e-9, atol=1e-12)
+
+
 CASES = [
     {"p": 2, "reach": None, "debias": True},
     {"p": 2, "reach": 0.5, "debias": True},

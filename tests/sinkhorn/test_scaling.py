@@ -289,6 +289,17 @@ def test_prior_match_reaches_the_prior(k, dtype):
 
 
 @pytest.mark.no_interpreter
+def test_prior_match_of_padding_alone():
+    logits = randn(2, 6, 4, grad=True)
+    valid = torch.ones(2, 6, dtype=torch.bool, device=DEVICE)
+    valid[1] = False
+    with pytest.warns(UserWarning, match="1 of 2 items"):
+        _, p = prior_match(logits, valid=valid)
+    (grad,) = torch.autograd.grad(p.square().sum(), logits)
+    assert not p[1].any() and not grad[1].any() and torch.isfinite(grad).all()
+
+
+@pytest.mark.no_interpreter
 def test_the_brief_of_500_rows_and_3_classes():
     a, p = prior_match(randn(500, 3, dtype=torch.float64), iterations=54, tolerance=0)
     assert (p.mean(0) - 1 / 3).abs().max() < 1e-10

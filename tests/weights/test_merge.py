@@ -8,7 +8,7 @@ import torch
 from helpers import DEVICE
 
 import solera.weights
-from solera.weights import merge
+from solera.weights import merge, merge_files
 from solera.weights._rules import checked_rules, chosen, parse
 from solera.weights._safetensors import write_file
 from solera.weights.methods import (
@@ -143,6 +143,18 @@ def test_rules_choose_by_name_and_the_first_match_wins():
     )
 
 
+def test_a_dry_run_knows_unused_rules_and_useless_devices(tmp_path):
+    write_file(tmp_path / "a.safetensors", {"layer.0.bias": torch.ones(3)}, {})
+    rules = {"re:layer": Copy(), "re:layer.*": Copy(), "layer.0.bias": Copy()}
+    path = tmp_path / "a.safetensors"
+    plan = merge_files([path], tmp_path / "out", Linear(), rules=rules, dry_run=True)
+    assert plan.notes == ["rule 're:layer' matches the whole name of no tensor"]
+    assert "note     rule 're:layer'" in str(plan)
+    for device in ("nowhere", "meta"):
+        with pytest.raises(ValueError, match=f"device: .*{device}"):
+            merge_files([path], tmp_path / "out", Linear(), device=device, dry_run=True)
+
+
 def test_results_share_no_memory_with_the_models():
     models = states(2)
     before = copy.deepcopy(models)
@@ -233,10 +245,22 @@ def test_not_strict_copies_from_the_base():
         (lambda m: merge(m, Linear(), out_dtype="no"), ValueError, "out_dtype"),
         (lambda m: merge(["/no/such"], Linear()), FileNotFoundError, "/no/such"),
         (lambda m: Linear([1, -1]), ValueError, "zero"),
-        (lambda m: Linear("ab"), ValueError, "could not|weights"),
+        (lambda m: Linear("ab"), ValueError, "weights: expected a list of numbers"),
         (lambda m: Linear(3), TypeError, "weights"),
         (lambda m: Linear([float("nan")]), ValueError, "finite"),
         (lambda m: Ties(1.5), ValueError, "density"),
+        (lambda m: Ties(elect="most"), ValueError, "elect"),
+        (lambda m: Ties(weigh="x"), ValueError, "weigh"),
+        (lambda m: Ties(divide="x"), ValueError, "divide"),
+        (lambda m: Ties(scale=float("nan")), ValueError, "scale"),
+        (lambda m: Dare(rescale="x"), ValueError, "rescale"),
+        (lambda m: Dare(consensus="x"), ValueError, "consensus"),
+        (lambda m: Della(density=0.05, epsilon=0.1), ValueError, "epsilon"),
+        (lambda m: Della(epsilon="x"), TypeError, "epsilon"),
+        (lambda m: Breadcrumbs(gamma=-1), ValueError, "gamma"),
+        (lambda m: Slerp(t=float("nan")), ValueError, "t: expected a finite"),
+        (lambda m: Slerp(dim="x"), TypeError, "dim"),
+        (lambda m: ModelStock(dim=0.5), TypeError, "dim"),
         (lambda m: merge([m[0], {**m[1], "steps": torch.tensor(9)}], Linear()), ValueError, "'steps'"),
     ],
 )  # fmt: skip

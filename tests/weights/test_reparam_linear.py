@@ -258,6 +258,12 @@ def test_module_is_a_linear_layer():
     torch.testing.assert_close(y, mixout_linear(x, linear.weight, None, 0.5, seed, linear.bias))
 
 
+def test_module_on_meta():
+    layer = MixoutLinear(5, 3, device="meta")
+    for mode in (True, False):
+        assert layer.train(mode)(torch.empty(2, 5, device="meta")).shape == (2, 3)
+
+
 def test_module_from_linear():
     linear = torch.nn.Linear(12, 7, bias=False, device=DEVICE)
     ours = MixoutLinear.from_linear(linear, p=1.0, mask="column")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 from .dense import sinkhorn
 from .dense_arguments import count as _count
 from .plan import transforms_active
@@ -122,6 +123,7 @@ def barycenter(
     return p.exp()
 
 
+@full_precision
 def free_support_barycenter(
     points: Sequence[Tensor] | Tensor,
     support: Tensor,

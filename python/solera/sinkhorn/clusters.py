@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 from .dense_arguments import count as _count
 
 
@@ -37,6 +38,7 @@ def kmeans_assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
         return index, (x.to(acc) - centers.to(acc)[index]).square().sum(1)
 
 
+@full_precision
 def laplacian_assign(
     x: Tensor,
     centers: Tensor,

@@ -298,10 +298,9 @@ def sinkhorn(
         iterations = iterations + len(earlier)
     if tolerance > 0 and eager_cpu and not bool(converged.all()):
         advice = "a larger epsilon, momentum=1.5"
-        if not earlier:
-            advice += (
-                f", epsilon_scaling={float(cost3.detach()[cost3.detach() < math.inf].max()):.2g}"
-            )
+        finite = cost3.detach()[cost3.detach() < math.inf]
+        if not earlier and finite.numel():  # else all is NaN or forbidden
+            advice += f", epsilon_scaling={float(finite.max()):.2g}"
         warnings.warn(
             f"solera.sinkhorn: {int((~converged).sum())} of {count} problems have a marginal error above "
             f"tolerance={tolerance:g} after max_iterations={max_iterations} at epsilon={epsilon:g} (largest "

@@ -197,9 +197,10 @@ def check_values(
             apart = torch.where(some, apart, 0.0)
         if float(apart.max()) > tolerance_totals:
             k = int(apart.argmax())
+            digits = 12 if float(apart.max()) < 1e-5 else 6
             raise ValueError(
-                f"a, b: expected equal totals, got {float(total_a.flatten()[k]):.6g} and "
-                f"{float(total_b.flatten()[k]):.6g} (rho= allows totals that differ)"
+                f"a, b: expected equal totals, got {float(total_a.flatten()[k]):.{digits}g} and "
+                f"{float(total_b.flatten()[k]):.{digits}g} (rho= allows totals that differ)"
             )
     for dim, name, weight in ((-1, "row", a), (-2, "column", b)):
         least = cost.amin(dim)  # NaN where there is one

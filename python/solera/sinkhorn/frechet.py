@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import without_autocast
 
 CHUNK = 1 << 22  # expected costs held at once
 
@@ -50,7 +51,7 @@ def frechet_argmin(
 
     Source: Roberts et al., "Geometry-Aware Adaptation for Pretrained Models" (Loki), 2023.
     """
-    with torch.no_grad(), torch.autocast(probabilities.device.type, enabled=False):
+    with torch.no_grad(), without_autocast(probabilities):
         p, d = _metric(probabilities, distances, squared)
         rows = p.reshape(-1, p.shape[-1])
         parts = [(r @ d.mT).min(1) for r in rows.split(max(1, CHUNK // d.shape[0]))]

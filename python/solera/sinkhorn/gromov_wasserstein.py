@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 from .dense import sinkhorn
 from .dense_arguments import count as _count
 from .dense_arguments import weights as _weights
@@ -45,6 +46,7 @@ def _distortion(x: Tensor, y: Tensor, plan: Tensor, p: Tensor, q: Tensor) -> Ten
     return first + second - 2 * ((x @ plan @ y.mT) * plan).sum((-2, -1))
 
 
+@full_precision
 def gromov_wasserstein(
     c_x: Tensor,
     c_y: Tensor,

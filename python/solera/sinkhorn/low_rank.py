@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision, without_autocast
 from .dense_arguments import count as _count
 from .dense_arguments import weights as _weights
 
@@ -65,12 +66,15 @@ class LowRankResult:
 
     def plan(self) -> Tensor:
         """Q diag(1/g) R^T. Shapes: (n, m), stored whole."""
-        return (self.q / self.g) @ self.r.mT
+        with without_autocast(self.q):
+            return (self.q / self.g) @ self.r.mT
 
+    @full_precision
     def apply(self, v: Tensor) -> Tensor:
         """The plan times v, without the plan. Shapes: (m, ...) -> (n, ...)."""
         return torch.tensordot(self.q / self.g, torch.tensordot(self.r.mT, v, 1), 1)
 
+    @full_precision
     def apply_transposed(self, v: Tensor) -> Tensor:
         """The plan's transpose times v, without the plan. Shapes: (n, ...) -> (m, ...)."""
         return torch.tensordot(self.r / self.g, torch.tensordot(self.q.mT, v, 1), 1)
@@ -123,6 +127,7 @@ def _start(init, a, b, rank, seed):
     return [t.clamp_min(tiny).log() for t in (q, r, g)]
 
 
+@full_precision
 def low_rank_sinkhorn(
     cost: Tensor | tuple[Tensor, Tensor],
     a: Tensor | None = None,

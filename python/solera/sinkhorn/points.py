@@ -299,9 +299,10 @@ def check_values(x: Tensor, y: Tensor, a: Tensor, b: Tensor, kinds: list, balanc
     total_a, total_b = a.double().sum(-1), b.double().sum(-1)
     apart = (total_a - total_b).abs() / total_a.maximum(total_b)
     if balanced and apart.numel() and float(apart.max()) > max(_TOTALS[k] for k in kinds):
+        digits = 12 if float(apart.max()) < 1e-5 else 6
         k = int(apart.argmax())
         raise ValueError(
-            f"a, b: expected equal totals, got {float(total_a[k]):.6g} and {float(total_b[k]):.6g}; "
+            f"a, b: expected equal totals, got {float(total_a[k]):.{digits}g} and {float(total_b[k]):.{digits}g}; "
             "reach= allows unequal ones"
         )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from .. import _check
+from .._route import without_autocast
 from .plan import transport_plan, valid_cost, within
 
 
@@ -99,7 +100,8 @@ class SinkhornResult:
         plan = self.plan()
         _check.like("v", v, tuple(v.shape), plan, "the plan")
         v = self._inside((v.unsqueeze(-1) if vector else v).to(plan.dtype), side)
-        out = (plan if side == 1 else plan.mT) @ v
+        with without_autocast(plan):
+            out = (plan if side == 1 else plan.mT) @ v
         return out.squeeze(-1) if vector else out
 
     def _inside(self, v: Tensor, side: int) -> Tensor:
@@ -132,7 +134,8 @@ class SinkhornResult:
         plan = self.plan()
         _check.like("y", y, tuple(y.shape), plan, "the plan")
         mass = plan.sum(-1, keepdim=True)
-        return plan @ self._inside(y.to(plan.dtype), 1) / torch.where(mass > 0, mass, 1.0)
+        with without_autocast(plan):
+            return plan @ self._inside(y.to(plan.dtype), 1) / torch.where(mass > 0, mass, 1.0)
 
     def transport_cost(self) -> Tensor:
         """<P, C>, the transport cost without the entropy; a forbidden pair (cost inf) counts as 0.

@@ -398,7 +398,10 @@ def prior_match(
     count = math.prod(batch)
     x = logits.reshape(count, n, k)
     weight = weight.reshape(count, n)
-    weight = weight / weight.sum(-1, keepdim=True)
+    total = weight.sum(-1, keepdim=True)
+    weight = weight / torch.where(
+        total > 0, total, 1.0
+    )  # without a valid row all probabilities are 0
     target = (target / target.sum(-1, keepdim=True)).reshape(count, k)
     arguments = (x, target, weight, iterations, tolerance)
     graph = needs_graph(x, target) and not transforms_active()

@@ -28,7 +28,7 @@ from torch import Tensor
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import needs_graph, use_reference, without_autocast
 from .plan import transforms_active
 
 _op = torch.ops.solera
@@ -54,7 +54,8 @@ def _pieces(n: int, m: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _project(cloud: Tensor, directions: Tensor) -> Tensor:
     """(batch, n, d), (batch or 1, L, d) -> (batch, L, n)."""
-    return directions @ cloud.transpose(-1, -2)
+    with without_autocast(cloud):
+        return directions @ cloud.transpose(-1, -2)
 
 
 def _distance(difference: Tensor, p: float) -> Tensor:

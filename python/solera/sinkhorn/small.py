@@ -52,7 +52,7 @@ from torch import Tensor
 from .. import _check
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference
+from .._route import needs_graph, use_reference, without_autocast
 from .plan import transforms_active
 
 _op = torch.ops.solera
@@ -138,7 +138,7 @@ class _Factors:
         if self.kind == LOG:
             f = -_lse(K + u.unsqueeze(-1), -2).squeeze(-2) - math.log(ratio)
             return f, w, torch.ones_like(f)
-        with torch.autocast(K.device.type, enabled=False):  # sums are float32's or better
+        with without_autocast(K):  # sums are float32's or better
             t = (K.mT @ u.unsqueeze(-1)).squeeze(-1) * ratio
         least = self.eps * w
         live = (least <= t).to(t.dtype) if self.kind == SCALING else torch.ones_like(w)

@@ -424,17 +424,19 @@ def solve_alone(x, a, cost, epsilons, rho):
     epsilon = epsilons[-1]
     if torch._C._are_functorch_transforms_active():
         f, _ = _sinkhorn_points_symmetric(x, None, a, None, cost, epsilons, rho)
-    elif needs_graph(x, a):
-        f, g, *_ = _Potentials.apply(
-            x, x, a, a, None, None, cost, epsilons, rho, rho, True, 1.0, 1, 0.0, 1
-        )
-    else:
+        return f, _alone_value(x, a, f, cost, epsilon, rho)
+    if not needs_graph(x, a):
         f, _ = run_symmetric(x, None, a, None, cost, epsilons, rho)
-    held = f.detach()
-    after = points_softmin(x.detach(), x.detach(), held, a.detach(), cost, epsilon)
-    mass = (a.detach() * torch.exp((held - after) / epsilon)).sum(-1)
-    value = 2.0 * dual_term(a.detach(), held, rho)
-    value = value - epsilon * (mass - a.detach().sum(-1).square())
-    if needs_graph(x, a):
-        value = _Value.apply(value, x, x, a, a, f, g, cost, epsilon, rho, rho)
-    return f, value
+        return f, _alone_value(x, a, f, cost, epsilon, rho)
+    f, g, *_ = _Potentials.apply(
+        x, x, a, a, None, None, cost, epsilons, rho, rho, True, 1.0, 1, 0.0, 1
+    )
+    value = _alone_value(x.detach(), a.detach(), f.detach(), cost, epsilon, rho)
+    return f, _Value.apply(value, x, x, a, a, f, g, cost, epsilon, rho, rho)
+
+
+def _alone_value(x, a, f, cost, epsilon, rho):
+    """The dual value of x with itself at (f, f)."""
+    after = points_softmin(x, x, f, a, cost, epsilon)
+    mass = (a * torch.exp((f - after) / epsilon)).sum(-1)
+    return 2.0 * dual_term(a, f, rho) - epsilon * (mass - a.sum(-1).square())

@@ -15,7 +15,7 @@ from .._check import FLOATS
 from . import _safetensors
 from ._checkpoint import INDEX, Checkpoint, Located
 from ._ring import PAGE, up
-from ._rules import Rule, chosen
+from ._rules import Rule, chosen, unused
 from .methods import Copy, FromBase, Method, Same, Tiling
 
 MiB = 1 << 20
@@ -309,6 +309,9 @@ def make_items(
     items = [
         _item(name, models, labels, base, like, like_label, method, rules, strict, out_dtype)
         for name in like.tensors
+    ]
+    notes += [
+        f"rule {p!r} matches the whole name of no tensor" for p in unused(like.tensors, rules)
     ]
     copied = [item.name for item in items if item.note.startswith("copied")]
     if copied:

@@ -69,6 +69,12 @@ def chosen(name: str, method: Method, rules: Iterable[Rule]) -> tuple[Method, st
     return method, None
 
 
+def unused(names: Iterable[str], rules: Iterable[Rule]) -> list[str]:
+    """The patterns that match no name at all: more often a slip of the pen than meant."""
+    names = list(names)
+    return [p for p, _ in rules if not any(_compiled(p).fullmatch(name) for name in names)]
+
+
 def parse(text: str, **more: Any) -> Method:
     """A method from text: `linear`, `ties(density=0.3)`, `slerp(t=0.2)`. `more` are further arguments."""
     try:
@@ -80,7 +86,9 @@ def parse(text: str, **more: Any) -> Method:
             raise ValueError
         values = {str(k.arg): ast.literal_eval(k.value) for k in (call.keywords if call else ())}
     except (ValueError, SyntaxError):
-        raise ValueError(f"method: expected name or name(argument=value), got {text!r}") from None
+        raise ValueError(
+            f"method: expected name or name(argument=value), text values in quotes, got {text!r}"
+        ) from None
     kind = SPELLED.get(called.id)
     if kind is None:
         raise ValueError(f"method: expected one of {', '.join(SPELLED)}, got {called.id!r}")

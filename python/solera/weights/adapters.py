@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 
 
 def _rank(name: str, rank: object, most: int) -> int:
@@ -18,6 +19,7 @@ def _rank(name: str, rank: object, most: int) -> int:
     return rank
 
 
+@full_precision
 @torch.no_grad()
 def average_lora(
     adapters: Sequence[tuple[Tensor, Tensor]],
@@ -120,6 +122,7 @@ def _truncated(
     return u[:, :rank], s[:rank], vh[:rank]
 
 
+@full_precision
 @torch.no_grad()
 def low_rank_delta(
     a: Tensor,
@@ -259,6 +262,7 @@ def diag_low_rank_linear(
     return F.linear(x, weight, bias) + F.linear(F.linear(x, u_r) * (s * z), l_r[perm])
 
 
+@full_precision
 @torch.no_grad()
 def ldu_init(weight: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     r"""LoLDU's start: the first r parts of $W = PL\,\mathrm{diag}(D)\,U$ (pivoted LU), and what is left.

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import without_autocast
 from . import _lists, _models
 from .ema import ema_
 from .lincomb import lincomb
@@ -370,4 +371,5 @@ def _plus_product(name: str, w: Tensor, pair: Any, weight: Tensor) -> Tensor:
         )
     acc = accumulate_type(w)
     scaled = weight.to(device=w.device, dtype=acc) * b.to(acc)
-    return torch.addmm(w.to(acc), scaled, a.to(acc)).to(w.dtype)
+    with without_autocast(w):
+        return torch.addmm(w.to(acc), scaled, a.to(acc)).to(w.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 from ..ensemble import ensemble_distillation_loss
 from ..norm import l2_normalize
 from .indexed_ema import check_bank, check_index, indexed_ema_
@@ -151,6 +152,7 @@ def cfg_kd_loss(
     return _kl(x.to(acc), teachers, [gamma, 1 - gamma], temperature).to(x.dtype)
 
 
+@full_precision
 def isogclr_loss(
     z: Tensor,
     index: Tensor,

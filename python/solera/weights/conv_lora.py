@@ -7,8 +7,10 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 
 
+@full_precision
 def conv_lora_weight(weight: Tensor, a: Tensor, b: Tensor, *, scale: float) -> Tensor:
     r"""A convolution's weight with its low-rank update: $W + \text{scale}\cdot\mathrm{view}(BA)$.
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 from .low_rank_update import turned, update_
 from .merging import check_matrix
 
@@ -74,6 +75,7 @@ def low_rank_edit_(
     return weight
 
 
+@full_precision
 def project_out(e: Tensor, directions: Tensor, strength: float = 1.0) -> Tensor:
     r"""Rows of e without their part in the span of some directions: $E - \lambda\,E V(V^\top V)^{-1}V^\top$.
 
@@ -102,6 +104,7 @@ def project_out(e: Tensor, directions: Tensor, strength: float = 1.0) -> Tensor:
     return turned(rows, a, v.mT).reshape(e.shape)
 
 
+@full_precision
 @torch.no_grad()
 def decomposed_fusion(w_old: Tensor, w_new: Tensor, bias: float) -> Tensor:
     r"""An old and a new weight merged in the left singular basis of the old one.

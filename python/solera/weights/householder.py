@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 from .low_rank_update import turned
 
 
@@ -17,6 +18,7 @@ def _check_vectors(u: object, x: object, name: str) -> tuple[Tensor, Tensor]:
     return u, x
 
 
+@full_precision
 def _run(u: object, x: object, name: str, eps: float, transpose: bool) -> Tensor:
     u, x = _check_vectors(u, x, name)
     eps = _check.number("eps", eps, low=0.0)
@@ -75,6 +77,7 @@ def householder_merge(weight: Tensor, u: Tensor, *, eps: float = 0.0) -> Tensor:
     return _run(u, weight, "weight", eps, False)
 
 
+@full_precision
 def householder_penalty(u: Tensor) -> Tensor:
     r"""How far the unit vectors are from orthogonal to each other: $\lVert\hat U^\top\hat U - I\rVert_F^2$.
 

@@ -95,6 +95,7 @@ def merge_files(
         raise TypeError(f"seed: expected an int, got {seed!r}")
     if type(readers) is not int or readers < 1:
         raise ValueError(f"readers: expected 1 or more, got {readers!r}")
+    where = _usable(device)
     plan, index_name = _make_plan(
         models,
         labels,
@@ -116,7 +117,7 @@ def merge_files(
     with target, progress_bar(progress, total, f"merging {len(models)} models") as done:
         layouts = _plan.file_layouts(plan)
         places = target.create(layouts)
-        with torch.no_grad(), Stream(plan, places, seed, readers, torch.device(device)) as stream:
+        with torch.no_grad(), Stream(plan, places, seed, readers, where) as stream:
             stream.run(done)
         beside = () if target.single else like.beside()
         target.publish(layouts, plan.metadata, beside, index_name)
@@ -131,6 +132,23 @@ def _open(
     models = [open_checkpoint(path, f"inputs[{k}]") for k, path in enumerate(inputs)]
     labels = [f"inputs[{k}] ({path})" for k, path in enumerate(inputs)]
     return models, labels, None if base is None else open_checkpoint(base, "base")
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    """The device if tensors can be made on it: known before anything is read or written."""
+    try:
+        where = torch.device(device)
+        torch.empty(0, device=where)
+    except (
+        RuntimeError,
+        TypeError,
+        AssertionError,
+    ) as error:  # AssertionError: a CUDA that is not there
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"device: {device!r} cannot be used ({reason})") from None
+    if where.type == "meta":
+        raise ValueError("device: expected one that holds values, got 'meta'")
+    return where
 
 
 def checked_dtype(value: torch.dtype | str | None) -> torch.dtype | None:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 from . import _lists
 from .low_rank_update import update_
 
@@ -94,6 +95,7 @@ def _scales(scale: object, keys: list, kind: str) -> list[float]:
     return [_check.number("scale", scale)] * len(keys)
 
 
+@full_precision
 @torch.no_grad()
 def merge_hydra_(
     weight: Tensor,

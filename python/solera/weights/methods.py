@@ -19,10 +19,17 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from .. import _check
 from .._registry import compiled_library
+from .consensus import DIVISORS, VOTES
 
 Tiling = Literal["elements", "rows", "whole"]
 Numbers = tuple[float, ...]
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "elect": VOTES, "consensus": VOTES, "weigh": ("before", "after"), "divide": DIVISORS,
+    "rescale": ("probability", "l1", None),
+}  # fmt: skip
 
 
 def _function(name: str):
@@ -38,6 +45,8 @@ def _numbers(owner: object, name: str, value: Any) -> None:
         found = tuple(float(v) for v in value)
     except TypeError:
         raise TypeError(f"{name}: expected a list of numbers, got {value!r}") from None
+    except ValueError:
+        raise ValueError(f"{name}: expected a list of numbers, got {value!r}") from None
     if not found or not all(map(math.isfinite, found)):
         raise ValueError(f"{name}: expected finite numbers, one a model, got {value!r}")
     object.__setattr__(owner, name, found)
@@ -46,6 +55,19 @@ def _numbers(owner: object, name: str, value: Any) -> None:
 def _within(name: str, value: float, low: float, high: float) -> None:
     if not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+
+
+def _options(owner: Method) -> None:
+    """The arguments that several methods share, refused when the method is made and not after hours of merging."""
+    for name, options in _CHOICES.items():
+        if hasattr(owner, name):
+            _check.choice(name, getattr(owner, name), options)
+    for name in ("t", "colinear", "scale", "epsilon"):
+        if hasattr(owner, name):
+            _check.number(name, getattr(owner, name))
+    dim = getattr(owner, "dim", None)
+    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
+        raise TypeError(f"dim: expected an int or None, got {dim!r}")
 
 
 @dataclass(frozen=True)
@@ -275,6 +297,9 @@ class Slerp(_Geometric):
     colinear: float = 0.9995
     symmetric: ClassVar[bool] = False
 
+    def __post_init__(self):
+        _options(self)
+
     def check(self, count, base):
         if count != 2 and not (count == 1 and base):
             raise ValueError(f"models: Slerp takes two, or one and a base, got {count}")
@@ -323,6 +348,9 @@ class ModelStock(_Geometric):
     dim: int | None = None
     uses_base: ClassVar[bool] = True
 
+    def __post_init__(self):
+        _options(self)
+
     def scratch(self, count):
         # The sums between its two passes (of 8 MiB at most).
         return 1.0 if compiled_library is not None else super().scratch(count)
@@ -351,6 +379,8 @@ class _TaskVectors(Method):
     def __post_init__(self):
         _numbers(self, "weights", getattr(self, "weights", None))
         _within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
+        _within("gamma", getattr(self, "gamma", 0.0), 0.0, 1.0)
+        _options(self)
 
     def _drawn(self, function, name, tensors, base, out_dtype, seed, options, **more):
         """By name, as state dicts of one entry, since masks are drawn by name."""
@@ -433,6 +463,14 @@ class Della(_TaskVectors):
     consensus: str | None = "mass"
     scale: float = 1.0
     symmetric: ClassVar[bool] = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not self.epsilon <= self.density <= 1 - self.epsilon:
+            raise ValueError(
+                f"epsilon: expected density - epsilon and density + epsilon in [0, 1], got density {self.density} "
+                f"and epsilon {self.epsilon}"
+            )
 
     def scratch(self, count):
         return 40.0 + 2.0 * count  # ranks by torch's sort, and their masks
