@@ -3,8 +3,8 @@
 //
 // Bytes a row of C logits and K teachers: reads (K + 1) C, writes C for the student's gradient and
 // K C for the teachers'. A teacher's row is read from memory once; its exponentials are kept in a
-// row of scratch (L2) until its sum is known, then added to a second one with their weight:
-// K + 2 exponentials a column.
+// row of scratch (L2) until its sum is known, then added to another one with their weight (while
+// the next teacher's row is read): K + 2 exponentials a column.
 #include "mixture_rows.h"
 
 namespace solera {
@@ -21,6 +21,9 @@ struct DistillRows {
   int kind;
   bool streaming;
 };
+
+// A row's columns rounded up to whole vectors of any instruction set.
+inline int64_t distill_columns(int64_t width) { return (width + 15) / 16 * 16; }
 
 struct DistillTable {
   void (*rows[4])(const DistillRows&, void* scratch, int64_t begin, int64_t end);
@@ -40,9 +43,9 @@ struct Target {
 
 // A row's exponentials as add_block has them, with the student's values summed under them; for each
 // block the top that its e is relative to.
-template <class T, bool kKeep, class V, class S>
+template <class T, bool kKeep, class V, class S, class M = InCache>
 SOLERA_INLINE Target<T> scan_target(int64_t width, const V& value, const S& student, A<T>* e,
-                                    A<T>* tops) {
+                                    A<T>* tops, const M& ahead = M()) {
   constexpr int L = kLanes<T>;
   const A<T> lowest = lowest_of(A<T>());
   Target<T> out;
@@ -63,14 +66,14 @@ SOLERA_INLINE Target<T> scan_target(int64_t width, const V& value, const S& stud
         m = vmax(m, keep_or<T>(v, n, lowest));
       };
       int64_t j = first;
-      for (; j + 2 * L <= first + count; j += 2 * L) {
+      for (; j + 4 * L <= first + count; j += 4 * L) {
+        ahead(j, 4 * L);
         add(j, L, s0, w0, m0);
         add(j + L, L, s1, w1, m1);
+        add(j + 2 * L, L, s0, w0, m0);
+        add(j + 3 * L, L, s1, w1, m1);
       }
-      if (j + L <= first + count) {
-        add(j, L, s0, w0, m0);
-        j += L;
-      }
+      for (; j + L <= first + count; j += L) add(j, L, s0, w0, m0);
       if (j < first + count) add(j, int(first + count - j), s1, w1, m1);
       const A<T> here = lane_top(vmax(m0, m1));
       if (out.sum.fits(here)) {
@@ -95,6 +98,61 @@ SOLERA_INLINE void each_block(int64_t width, const Target<T>& t, const A<T>* top
   });
 }
 
+// A teacher's row of exponentials in whole vectors, not yet merged into the mean prediction.
+template <class T>
+struct Unmerged {
+  A<T>*e, *tops;
+  RowSum<T> sum;
+  A<T> weight = 0;
+  SOLERA_INLINE A<T> factor(int64_t first) const {
+    const A<T> top = tops[first / kLogitBlock];
+    return weight * (top == sum.top ? A<T>(1) : natural_exp_one(top - sum.top)) / sum.sum;
+  }
+};
+
+// Adds a block of one or two teachers to q (or sets it): two at a time halve the traffic of q.
+template <class T>
+SOLERA_INLINE void merge_block(const Unmerged<T>* teachers, int64_t of, int64_t first,
+                               int64_t count, A<T>* q, bool set) {
+  constexpr int L = kLanes<A<T>>;
+  const A<T>*e0 = teachers[0].e + first, *e1 = teachers[of - 1].e + first;
+  const A<T> f0 = teachers[0].factor(first), f1 = of > 1 ? teachers[1].factor(first) : A<T>(0);
+  if (set)
+    for (int64_t j = 0; j < count; j += L) store(q + j, load(e0 + j) * f0 + load(e1 + j) * f1);
+  else
+    for (int64_t j = 0; j < count; j += L)
+      store(q + j, load(e0 + j) * f0 + (load(e1 + j) * f1 + load(q + j)));
+}
+
+// Where no teacher's own mean is wanted: calls done(first, count) as each block of the mean
+// prediction q is complete. A block of two teachers is merged just before the next one's takes its
+// place: short pieces between which memory keeps on delivering.
+template <class T, class F>
+SOLERA_INLINE void mean_prediction(const DistillRows& p, int64_t row, A<T>* e, A<T>* q, A<T>* tops,
+                                   const F& done) {
+  const int64_t members = p.teachers.count, columns = distill_columns(p.width);
+  const A<T> it = A<T>(p.inverse_temperature);
+  Unmerged<T> held[2] = {{e, tops, {}}, {e + columns, tops + p.width / kLogitBlock + 1, {}}};
+  for (int64_t m = 0; m < members; ++m) {
+    const T* t = member_row<T>(p.teachers, m, row);
+    const Unmerged<T> before[2] = {held[0], held[1]};
+    Unmerged<T>& now = held[m % 2];
+    now.sum = RowSum<T>();
+    now.weight = ((const A<T>*)p.weights)[m];
+    logit_blocks(p.width, [&](int64_t first, int64_t count) {
+      if (m > 0 && m % 2 == 0) merge_block<T>(before, 2, first, count, q + first, m == 2);
+      add_block<true>(
+          now.sum, count, now.e + first,
+          [&](int64_t j, int n) { return fetch(t + first + j, n) * it; }, Lines<T>{t + first});
+      now.tops[first / kLogitBlock] = now.sum.top;
+    });
+  }
+  logit_blocks(p.width, [&](int64_t first, int64_t count) {
+    merge_block<T>(held, members % 2 ? 1 : 2, first, count, q + first, members <= 2);
+    done(first, count);
+  });
+}
+
 template <class T>
 void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t end) {
   const FlushSubnormals flushed;
@@ -103,53 +161,70 @@ void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t en
   const int64_t width = p.width, members = p.teachers.count;
   const A<T> it = A<T>(p.inverse_temperature), scale = A<T>(p.scale);
   const A<T>* w = (const A<T>*)p.weights;
-  A<T>* e = (A<T>*)scratch;  // [width]
-  A<T>* q = e + width;       // [width]
-  A<T>* tops = q + width;    // [blocks]
+  A<T>* e = whole_lines<A<T>>(scratch);      // [width, in whole vectors]
+  A<T>* q = e + 2 * distill_columns(width);  // [the same], after a second e
+  A<T>* tops = q + distill_columns(width);   // [2, blocks]
   const bool gradients = p.dstudent || p.dteachers || (p.dweights && p.kind == 1);
+  const bool together = p.kind == 0 && p.dstudent && !p.dteachers && !p.dweights;
   for (int64_t row = begin; row < end; ++row) {
     const T* x = (const T*)p.student + row * p.student_stride;
     const RowSum<T> own =
-        sum_of_row<T>(width, [&](int64_t j, int n) { return fetch(x + j, n) * it; });
+        sum_of_row<T>(width, [&](int64_t j, int n) { return fetch(x + j, n) * it; }, Lines<T>{x});
     const A<T> total = own.log_total();
     const auto student = [&](int64_t j, int n) { return fetch(x + j, n) * it - own.top; };
     A<T> share = 0, means = 0;
     T* dt = (T*)p.dteachers + row * p.row_stride;
     A<T>* dw = (A<T>*)p.dweights + row * members;
 
-    if (p.kind == 0) {
+    // Of `count` columns, from q.
+    const auto write_student = [&](int64_t first, int64_t count) {
+      const A<T> factor = it * scale;
+      write_row((T*)p.dstudent + row * width + first, count, p.streaming, [&](int64_t j, int n) {
+        const V softmax = natural_exp(student(first + j, n) - total) * share;
+        return (softmax - fetch(q + first + j, n)) * factor;
+      });
+    };
+    if (together) {
+      for (int64_t m = 0; m < members; ++m) share += w[m];
+      mean_prediction<T>(p, row, e, q, tops, [&](int64_t first, int64_t count) {
+        means += row_sum<T>(count, [&](int64_t j, int n) {
+          const V held = fetch(q + first + j, n);
+          return held == 0 ? V{} : held * student(first + j, n);
+        });
+        write_student(first, count);
+      });
+    } else if (p.kind == 0) {
       for (int64_t m = 0; m < members; ++m) {
         const T* t = member_row<T>(p.teachers, m, row);
         const auto value = [&](int64_t j, int n) { return fetch(t + j, n) * it; };
         Target<T> found;
         if (gradients)
-          found = scan_target<T, true>(width, value, student, e, tops);
+          found = scan_target<T, true>(width, value, student, e, tops, Lines<T>{t});
         else
-          found = scan_target<T, false>(width, value, student, e, tops);
+          found = scan_target<T, false>(width, value, student, e, tops, Lines<T>{t});
         share += w[m];
         means += w[m] * found.mean;
         if (p.dweights) dw[m] = (total - found.mean) * scale;
-        if (p.dstudent) {
-          each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
-            factor *= w[m];
-            strips<L>(count, [&](int64_t j, int n) {
-              V sum = fetch(e + first + j, n) * factor;
+        if (!gradients) continue;
+        T* out = dt + m * p.member_stride;
+        each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
+          const A<T> slope = -w[m] * it * scale * factor;
+          factor *= w[m];
+          const auto merged = [&](int64_t j, int n) {
+            const V held = fetch(e + first + j, n);
+            if (p.dstudent) {
+              V sum = rounded(held * factor);  // of the same bits in a row's head as in its middle
               if (m > 0) sum += fetch(q + first + j, n);
               deposit(q + first + j, sum, n);
-            });
+            }
+            return held;
+          };
+          if (!p.dteachers) return strips<L>(count, merged);
+          write_row(out + first, count, p.streaming, [&](int64_t j, int n) {
+            const V held = merged(j, n), scaled = held * slope;
+            return held > 0 ? scaled * (student(first + j, n) - found.mean) : scaled;
           });
-        }
-        if (p.dteachers) {
-          T* out = dt + m * p.member_stride;
-          each_block(width, found, tops, [&](int64_t first, int64_t count, A<T> factor) {
-            factor *= -w[m] * it * scale;
-            write_row(out + first, count, p.streaming, [&](int64_t j, int n) {
-              const V held = fetch(e + first + j, n);
-              const V slope = held * factor * (student(first + j, n) - found.mean);
-              return held > 0 ? slope : held * factor;
-            });
-          });
-        }
+        });
       }
     } else {
       for (int64_t m = 0; m < members; ++m) {
@@ -201,14 +276,7 @@ void distill_rows(const DistillRows& p, void* scratch, int64_t begin, int64_t en
       }
     }
     ((A<T>*)p.loss)[row] = (share * total - means) * scale;
-    if (p.dstudent) {
-      T* out = (T*)p.dstudent + row * width;
-      const A<T> factor = it * scale;
-      write_row(out, width, p.streaming, [&](int64_t j, int n) {
-        const V softmax = natural_exp(student(j, n) - total) * share;
-        return (softmax - fetch(q + j, n)) * factor;
-      });
-    }
+    if (p.dstudent && !together) write_student(0, width);
   }
   if (p.streaming) stream_fence();
 }
@@ -277,11 +345,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> distill(
                       int(kind),
                       written >= kMixtureStreamBytes};
   const auto kernel = pick_distill_table().rows[dtype_of(student)];
-  parallel_for(0, rows, grain_for((count + 1) * teachers.row_bytes()),
-               [&](int64_t begin, int64_t end) {
-                 const auto scratch = mixture_scratch(2 * width + width / kLogitBlock + 1, acc);
-                 kernel(p, scratch.get(), begin, end);
-               });
+  parallel_for(
+      0, rows, grain_for((count + 1) * teachers.row_bytes()), [&](int64_t begin, int64_t end) {
+        const auto scratch = mixture_scratch(
+            3 * distill_columns(width) + 2 * (width / kLogitBlock + 1) + kScratchSlack, acc);
+        kernel(p, scratch.get(), begin, end);
+      });
   return {loss, dstudent, dteachers, dweights};
 }
 

@@ -63,7 +63,7 @@ void scores(const MixtureScores& p, int64_t begin, int64_t end) {
     if (y >= 0) {
       const T* x = member_row<T>(p.logits, i / p.rows, row);
       const RowSum<T> sum =
-          sum_of_row<T>(p.width, [&](int64_t j, int n) { return fetch(x + j, n); });
+          sum_of_row<T>(p.width, [&](int64_t j, int n) { return fetch(x + j, n); }, Lines<T>{x});
       top = sum.top;
       total = sum.log_total();
       score = y < p.width ? (get(x + y, 1)[0] - top) - total : A<T>(__builtin_nan(""));
@@ -90,7 +90,9 @@ void scores_backward(const MixtureScoresBackward& p, int64_t begin, int64_t end)
     const auto softmax = [&](int64_t j, int n) {
       return natural_exp((fetch(x + j, n) - top) - total);
     };
-    write_row(out, p.width, p.streaming, [&](int64_t j, int n) { return softmax(j, n) * -d; });
+    write_row(
+        out, p.width, p.streaming, [&](int64_t j, int n) { return softmax(j, n) * -d; },
+        Lines<T>{x});
     if (y < p.width) put_one(out + y, d - d * softmax(y, 1)[0], p.streaming);
   }
   if (p.streaming) stream_fence();
@@ -185,7 +187,8 @@ void combine(const MixtureCombine& p, void* scratch, int64_t begin, int64_t end)
       RowSum<T> sum;
       const T* x = c.logits(m);
       if (p.kind != kMixLogit)
-        sum = sum_of_row<T>(p.width, [&](int64_t j, int n) { return fetch(x + j, n); });
+        sum =
+            sum_of_row<T>(p.width, [&](int64_t j, int n) { return fetch(x + j, n); }, Lines<T>{x});
       c.top(m) = p.kind == kMixLogit ? A<T>(0) : sum.top;
       c.total(m) = p.kind == kMixLogit ? A<T>(0) : sum.log_total();
     }

@@ -8,6 +8,7 @@
 namespace solera {
 
 constexpr int64_t kLogitBlock = 1024;  // columns that stay in L1 between two passes over a block
+constexpr int64_t kScratchSlack = 16;  // elements that a scratch is longer than its whole lines
 
 namespace SOLERA_ISA {
 namespace {
@@ -96,18 +97,44 @@ SOLERA_INLINE auto lane_top(V v) {
 #endif
 }
 
+// Where a loop's values come from, so that it can ask for them in time: InCache has nothing to ask
+// for. A row that is read once, in order, and with arithmetic in between waits for memory far
+// longer than a bare read does: the machine's own prefetcher begins anew at each 4 KB page, and too
+// few loads fit the window behind some twenty instructions each. So Lines asks for the lines 1 KB
+// ahead of a loop, and the ones 6 KB ahead (past the next page's beginning) into L2. Beyond the end
+// of a tensor that is no fault.
+// (Not to be wrapped in a lambda: GCC takes a function of prefetches alone for one without effect.)
+struct InCache {
+  SOLERA_INLINE void operator()(int64_t, int) const {}
+  SOLERA_INLINE InCache from(int64_t) const { return {}; }
+};
+template <class T>
+struct Lines {
+  const T* at;
+  SOLERA_INLINE Lines from(int64_t j) const { return {at + j}; }
+  SOLERA_INLINE void operator()(int64_t j, int count) const {
+    const uintptr_t from = uintptr_t(at) + uintptr_t(j) * sizeof(T);
+    for (int b = 0; b < count * int(sizeof(T)); b += 64) {
+      __builtin_prefetch((const char*)(from + 1024 + b), 0, 3);
+      __builtin_prefetch((const char*)(from + 6144 + b), 0, 2);
+    }
+  }
+};
+
 // The largest of value(offset, count) over a row of n, never below `lowest`; NaN is passed over.
-template <class T, class F>
-SOLERA_INLINE A<T> row_max(int64_t n, A<T> lowest, const F& value) {
+template <class T, class F, class M = InCache>
+SOLERA_INLINE A<T> row_max(int64_t n, A<T> lowest, const F& value, const M& ahead = M()) {
   constexpr int L = kLanes<T>;
   AccVec<T> m0 = splat(lowest), m1 = m0, m2 = m0, m3 = m0;
   int64_t j = 0;
   for (; j + 4 * L <= n; j += 4 * L) {
+    ahead(j, 4 * L);
     m0 = vmax(m0, value(j, L));
     m1 = vmax(m1, value(j + L, L));
     m2 = vmax(m2, value(j + 2 * L, L));
     m3 = vmax(m3, value(j + 3 * L, L));
   }
+  if (j < n) ahead(j, int(n - j));
   for (; j + L <= n; j += L) m0 = vmax(m0, value(j, L));
   if (j < n) m1 = vmax(m1, keep_or<T>(value(j, int(n - j)), int(n - j), lowest));
   return lane_top(vmax(vmax(m0, m1), vmax(m2, m3)));
@@ -197,8 +224,9 @@ struct RowSum {
 };
 
 // Adds a block; kKeep: its exponentials, relative to the top it leaves, go to e, in whole vectors.
-template <bool kKeep, class T, class F>
-SOLERA_INLINE void add_block(RowSum<T>& row, int64_t n, A<T>* e, const F& value) {
+template <bool kKeep, class T, class F, class M = InCache>
+SOLERA_INLINE void add_block(RowSum<T>& row, int64_t n, A<T>* e, const F& value,
+                             const M& ahead = M()) {
   constexpr int L = kLanes<T>;
   const A<T> lowest = lowest_of(A<T>());
   if (row.top == lowest) row.raise(row_max<T>(n, lowest, value));
@@ -213,6 +241,7 @@ SOLERA_INLINE void add_block(RowSum<T>& row, int64_t n, A<T>* e, const F& value)
     };
     int64_t j = 0;
     for (; j + 4 * L <= n; j += 4 * L) {
+      ahead(j, 4 * L);
       add(j, s0, m0);
       add(j + L, s1, m1);
       add(j + 2 * L, s2, m2);
@@ -235,22 +264,37 @@ SOLERA_INLINE void add_block(RowSum<T>& row, int64_t n, A<T>* e, const F& value)
   }
 }
 
+// Scratch from the first whole line on: a vector across two lines costs two accesses.
+template <class A>
+SOLERA_INLINE A* whole_lines(void* scratch) {
+  return (A*)((uintptr_t(scratch) + 63) / 64 * 64);
+}
+
 // The sum of a whole row of value(offset, count).
-template <class T, class F>
-SOLERA_INLINE RowSum<T> sum_of_row(int64_t width, const F& value) {
+template <class T, class F, class M = InCache>
+SOLERA_INLINE RowSum<T> sum_of_row(int64_t width, const F& value, const M& ahead = M()) {
   RowSum<T> row;
   logit_blocks(width, [&](int64_t first, int64_t n) {
-    add_block<false>(row, n, (A<T>*)nullptr,
-                     [&](int64_t j, int count) { return value(first + j, count); });
+    add_block<false>(
+        row, n, (A<T>*)nullptr, [&](int64_t j, int count) { return value(first + j, count); },
+        ahead.from(first));
   });
   return row;
 }
 
 // Writes value(offset, count) over a row, past the caches if asked, whatever the row's alignment.
-template <class T, class F>
-SOLERA_INLINE void write_row(T* out, int64_t width, bool streaming, const F& value) {
-  constexpr int L = kLanes<T>;
+template <class T, class F, class M = InCache>
+SOLERA_INLINE void write_row(T* out, int64_t width, bool streaming, const F& value,
+                             const M& ahead = M()) {
+  constexpr int L = kLanes<T>, kGroup = L * int(sizeof(T)) < 64 ? 64 / (L * int(sizeof(T))) : 1;
   int64_t j = 0;
+  const auto groups = [&](const auto& put_vector) {  // a line's vectors at a time
+    for (; j + kGroup * L <= width; j += kGroup * L) {
+      ahead(j, kGroup * L);
+      for (int i = 0; i < kGroup; ++i) put_vector(j + i * L);
+    }
+    for (; j + L <= width; j += L) put_vector(j);
+  };
   if (streaming) {
     constexpr uintptr_t bytes = L * sizeof(T);
     const int64_t head = int64_t((bytes - uintptr_t(out) % bytes) % bytes / sizeof(T));
@@ -258,9 +302,9 @@ SOLERA_INLINE void write_row(T* out, int64_t width, bool streaming, const F& val
       deposit(out, value(0, int(head)), int(head));
       j = head;
     }
-    for (; j + L <= width; j += L) stream(out + j, value(j, L));
+    groups([&](int64_t i) { stream(out + i, value(i, L)); });
   } else {
-    for (; j + L <= width; j += L) store(out + j, value(j, L));
+    groups([&](int64_t i) { store(out + i, value(i, L)); });
   }
   if (j < width) deposit(out + j, value(j, int(width - j)), int(width - j));
 }

@@ -58,8 +58,8 @@ void sums(const MemberSums& p, int64_t begin, int64_t end) {
       continue;
     }
     const T* x = member_row<T>(p.logits, n, k);
-    const RowSum<T> row =
-        sum_of_row<T>(width, [&](int64_t j, int count) { return fetch(x + j, count); });
+    const RowSum<T> row = sum_of_row<T>(
+        width, [&](int64_t j, int count) { return fetch(x + j, count); }, Lines<T>{x});
     const A<T> picked = y < width ? get(x + y, 1)[0] : A<T>(__builtin_nan(""));
     put_sums<A<T>>(p, i, row.top, row.sum, picked);
   }
@@ -101,8 +101,10 @@ void gradient(const MemberGradient& p, int64_t begin, int64_t end) {
     }
     const T* x = member_row<T>(p.logits, n, k);
     const A<T> lse = ((const A<T>*)p.lse)[i];
-    write_row(out, width, p.streaming,
-              [&](int64_t j, int count) { return a * natural_exp(fetch(x + j, count) - lse); });
+    write_row(
+        out, width, p.streaming,
+        [&](int64_t j, int count) { return a * natural_exp(fetch(x + j, count) - lse); },
+        Lines<T>{x});
     if (y < width) put_one(out + y, a * natural_exp(get(x + y, 1) - lse)[0] + b, p.streaming);
   }
   if (p.streaming) stream_fence();

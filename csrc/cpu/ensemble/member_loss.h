@@ -23,7 +23,7 @@ constexpr int64_t kKeptRows = int64_t(4) << 20;  // bytes
 // In the accumulator's type, of a thread: exponentials, each block's top, numbers of the members.
 inline int64_t loss_scratch(int64_t members, int64_t width, bool kept) {
   const int64_t rows = kept ? members : 1, padded = (width + 15) / 16 * 16;
-  return rows * (padded + width / kLogitBlock + 1) + 5 * members;
+  return rows * (padded + width / kLogitBlock + 1) + 5 * members + kScratchSlack;
 }
 
 namespace SOLERA_ISA {
@@ -83,7 +83,7 @@ struct LossRows {
   SOLERA_INLINE LossRows(const MemberLoss& given, void* scratch)
       : p(given), scale(given.scale == nullptr ? A<T>(1) : *(const A<T>*)given.scale) {
     const int64_t rows = p.kept ? members : 1;
-    e = (A<T>*)scratch;
+    e = whole_lines<A<T>>(scratch);
     tops = e + rows * ((width + 15) / 16 * 16);
     top = tops + rows * blocks;
     sum = top + members;
@@ -106,8 +106,9 @@ struct LossRows {
     A<T>*to = kept(k), *each = kept_tops(k);
     RowSum<T> row;
     logit_blocks(width, [&](int64_t first, int64_t count) {
-      add_block<kKeep>(row, count, to + first,
-                       [&](int64_t j, int lanes) { return fetch(x + first + j, lanes); });
+      add_block<kKeep>(
+          row, count, to + first, [&](int64_t j, int lanes) { return fetch(x + first + j, lanes); },
+          Lines<T>{x + first});
       if (kKeep) *each++ = row.top;
     });
     top[k] = row.top;

@@ -62,8 +62,8 @@ SOLERA_INLINE RowSums<A<T>> sums_of(const T* x, int64_t width, bool votes, A<T>*
   for (int64_t first = 0; first < width; first += step) {
     const int64_t n = width - first < step ? width - first : step;
     const T* block = x + first;
-    const A<T> here =
-        row_max<T>(n, row.top, [&](int64_t j, int count) { return fetch(block + j, count); });
+    const A<T> here = row_max<T>(
+        n, row.top, [&](int64_t j, int count) { return fetch(block + j, count); }, Lines<T>{block});
     if (votes && (here > row.top || first == 0)) {
       const int64_t at = first_column(block, n, [&](AccVec<T> v) { return equal_lanes(v, here); });
       if (at < n) row.at = first + at;
