@@ -76,7 +76,10 @@ def test_same_bits_for_any_thread_count(shape):
 
 @pytest.mark.no_interpreter
 @pytest.mark.skipif(DEVICE != "cpu", reason="the switches are the CPU kernels'")
-@pytest.mark.parametrize("name, value", [("SOLERA_GEMM", "native"), ("SOLERA_FIXED_TILES", "1")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("SOLERA_GEMM", "native"), ("SOLERA_GEMM", "library"), ("SOLERA_FIXED_TILES", "1")],
+)
 def test_environment_switches(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     layers.check_switches(False, fixed=name == "SOLERA_FIXED_TILES")

@@ -26,7 +26,15 @@ namespace {
 constexpr int64_t kFewItems = 8, kFewBytes = int64_t(64) << 20;
 // Blocks of G_k, and about how many tasks the member products are cut into whatever the machine.
 constexpr int64_t kBlockOut = 256, kBlockIn = 512, kTasks = 8;
+// Rows of a tile beside a weight that is packed once: both then stay in the second-level cache.
+constexpr int64_t kPackedRows = 128;
 constexpr int64_t kFewBlock = 128;  // rows of dW a task makes by contraction
+
+Engine engine_of(const Tensor& x) {
+  Engine e(x);
+  if (e.own && amx()) e.max_rows = kPackedRows;
+  return e;
+}
 
 struct Sizes {
   int64_t items, members, in, out, rows;
@@ -54,7 +62,7 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, con
                                    const OptTensor& s_in, const OptTensor& bias_in,
                                    int64_t activation, bool save) {
   const Tensor x = dense(x_in);
-  const Engine e(x);
+  const Engine e = engine_of(x);
   const Sizes n(x, weight, members_of(x, r_in, s_in, bias_in));
   const bool keep_z = save && activation >= 2;
   const std::vector<int64_t> shape{n.items, n.members, n.out};
@@ -64,13 +72,13 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x_in, const Tensor& weight, con
   const Tensor w = as(weight, e.tile);
   // A product with the transposed copy is up to twice as fast on few rows, and the same bits.
   Tensor turned;
-  Matrix right{w.const_data_ptr(), n.in, n.out, 1, n.in};
-  if (n.rows >= 64 && !e.fixed) {
+  Right right = e.prepare(x, {w.const_data_ptr(), n.in, n.out, 1, n.in});
+  if (n.rows >= 64 && !e.fixed && !right.is_packed) {
     turned = e.scratch(x, n.in * n.out);
     parallel_for(0, ceil_div(n.out, 16), 8, [&](int64_t begin, int64_t end) {
       e.run.transpose(w.const_data_ptr(), turned.mutable_data_ptr(), n.out, n.in, begin, end);
     });
-    right = {turned.const_data_ptr(), n.in, n.out, n.out, 1};
+    right.matrix = {turned.const_data_ptr(), n.in, n.out, n.out, 1};
   }
   const bool plain_x = !r.given && !n.shared && e.stored_as_tile;
   const bool plain_y = !s.given && !bias.given && activation == 0;
@@ -119,6 +127,7 @@ struct Backward {
 
   // dx = r * ((s * delta) W), tile by tile.
   void input() const {
+    const Right right = e.prepare(like, {w, n.out, n.in, n.in, 1});
     for_tiles(e, like, n.rows, n.shared ? n.members : 1, n.in + n.out,
               [&](int64_t begin, int64_t end, void* scratch) {
                 const EnsembleTile in = n.tile(e, begin, end, n.in),
@@ -127,7 +136,7 @@ struct Backward {
                 const bool in_place = in.count == in.padded && e.stored_as_tile && !n.shared;
                 const EnsembleMatrix d{
                     in_place ? e.at(dx, begin * n.in) : e.at(scratch, in.padded * n.out), n.in};
-                e.product(d, {scratch, out.padded, n.out, n.out, 1}, {w, n.out, n.in, n.in, 1});
+                e.product(d, {scratch, out.padded, n.out, n.out, 1}, right);
                 e.run.finish_dx(d, r, dx, in);
               });
   }
@@ -149,6 +158,9 @@ struct Backward {
            sd = e.scratch(like, n.rows * n.out);
     Tensor h = e.scratch(like, sums_s ? n.rows * n.out : 0),
            d = e.scratch(like, sums_r ? n.rows * n.in : 0);
+    const Matrix forward{w, n.in, n.out, 1, n.in}, back{w, n.out, n.in, n.in, 1};
+    const Right up = sums_s ? e.prepare(like, forward) : Right(forward),
+                down = sums_r || dx ? e.prepare(like, back) : Right(back);
     for_tiles(
         e, like, n.rows, n.shared && dx ? n.members : 1, n.in + n.out,
         [&](int64_t begin, int64_t end, void* scratch) {
@@ -171,8 +183,7 @@ struct Backward {
             settle(rx, n.in, left);
             if (sums_s) {
               void* product = place(h, n.out, spare);
-              e.product({product, n.out}, {left, in.padded, n.in, n.in, 1},
-                        {w, n.in, n.out, 1, n.in});
+              e.product({product, n.out}, {left, in.padded, n.in, n.in, 1}, up);
               settle(h, n.out, product);
             }
           }
@@ -181,8 +192,7 @@ struct Backward {
           settle(sd, n.out, left);
           if (!sums_r && !dx) return;
           void* product = sums_r ? place(d, n.in, scratch) : scratch;
-          e.product({product, n.in}, {left, out.padded, n.out, n.out, 1},
-                    {w, n.out, n.in, n.in, 1});
+          e.product({product, n.in}, {left, out.padded, n.out, n.out, 1}, down);
           if (sums_r) settle(d, n.in, product);
           if (dx) e.run.finish_dx({product, n.in}, r, dx, in);
         });
@@ -289,7 +299,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> batch_ensemble_backward(
     bool need_r, bool need_s, bool need_bias) {
   const Tensor dy = dense(dy_in), x = dense(x_in);
   const Tensor saved = saved_in.has_value() ? dense(*saved_in) : dy;
-  const Engine e(x);
+  const Engine e = engine_of(x);
   const Sizes n(x, weight, dy.size(1));
   const Tensor w = as(weight, e.tile);
   const Parameter r(r_in, x, n.in, 1), s(s_in, x, n.out, 1);

@@ -125,16 +125,17 @@ struct NetworkCall {
     Tensor y = empty_like(x, Sizes{items, members, layers.back().out});
     // A product with the transposed copy is up to twice as fast on few rows, and the same bits.
     std::vector<Tensor> turned;
-    std::vector<Matrix> right;
+    std::vector<Right> right;
     for (const Layer& layer : layers) {
-      right.push_back({layer.weight.const_data_ptr(), layer.in, layer.out, 1, layer.in});
-      if (rows < 64 || e.fixed) continue;
+      right.push_back(
+          e.prepare(x, {layer.weight.const_data_ptr(), layer.in, layer.out, 1, layer.in}));
+      if (rows < 64 || e.fixed || right.back().is_packed) continue;
       turned.push_back(e.scratch(x, layer.in * layer.out));
       void* to = turned.back().mutable_data_ptr();
       parallel_for(0, ceil_div(layer.out, 16), 8, [&](int64_t begin, int64_t end) {
         e.run.transpose(layer.weight.const_data_ptr(), to, layer.out, layer.in, begin, end);
       });
-      right.back() = {to, layer.in, layer.out, layer.out, 1};
+      right.back().matrix = {to, layer.in, layer.out, layer.out, 1};
     }
     for_tiles(e, x, rows, 1, 2 * widest, [&](int64_t begin, int64_t end, void* scratch) {
       const Tensor mask = mask_row();
@@ -156,17 +157,6 @@ struct NetworkCall {
   }
 };
 
-// sum += a b over the rows of a tile, or = a b for the first of them; sum in the accumulator's
-// type.
-void add_product(const Engine& e, void* sum, const Matrix& a, const Matrix& b, bool first,
-                 void* part) {
-  const int64_t width = b.columns;
-  if (e.tile == e.real) return e.product({sum, width}, a, b, !first);
-  if (first) std::memset(sum, 0, size_t(a.rows * width * e.real_size));
-  e.product({part, width}, a, b);
-  e.run.add(part, sum, a.rows * width);
-}
-
 struct NetworkBackward {
   const NetworkCall& call;
   const void* dy;
@@ -176,7 +166,8 @@ struct NetworkBackward {
     void *dw, *dr, *ds, *db;
   };
   std::vector<Wanted> wanted;
-  size_t lowest;    // the first layer that anything is asked of
+  std::vector<Right> back;  // the weights of the products e W, those that are made
+  size_t lowest;            // the first layer that anything is asked of
   void *dx, *bare;  // rows of x, or sums for a shared x; rows of the first layer's delta, or null
 
   // Rows [begin, end) of one chunk.
@@ -205,8 +196,7 @@ struct NetworkBackward {
         if (above && above->dw) weight_gradient(l + 1, chunk, row == begin, next, u, at, part);
         std::swap(next, here);  // next: e of layer l
         if (l > lowest || (l == 0 && !rest && (dx || own.dr)))
-          e.product({d, layer.in}, {next, at.padded, layer.out, layer.out, 1},
-                    {layer.weight.const_data_ptr(), layer.out, layer.in, layer.in, 1});
+          e.product({d, layer.in}, {next, at.padded, layer.out, layer.out, 1}, back[l]);
       }
       if (lowest > 0) {
         // The operand of the lowest layer is the output of one that wants nothing.
@@ -216,8 +206,7 @@ struct NetworkBackward {
         if (own.dr)
           e.product({d, layer.out},
                     {next, at.padded, call.layers[lowest].out, call.layers[lowest].out, 1},
-                    {call.layers[lowest].weight.const_data_ptr(), call.layers[lowest].out,
-                     layer.out, layer.out, 1});
+                    back[lowest]);
         call.run.enter(dy, {d, layer.out}, &call.layers[lowest].r.rows,
                        products[lowest - 1].const_data_ptr(), layer.rows, nullptr,
                        own.dw ? u : nullptr, nullptr,
@@ -238,9 +227,9 @@ struct NetworkBackward {
   void weight_gradient(size_t l, int64_t chunk, bool first, const void* e_tile, const void* u,
                        const NetworkSpan& at, void* part) const {
     const Layer& layer = call.layers[l];
-    add_product(call.e, call.e.at_real(wanted[l].dw, chunk * layer.out * layer.in),
-                {e_tile, layer.out, at.count, 1, layer.out}, {u, at.count, layer.in, layer.in, 1},
-                first, part);
+    call.e.accumulate(call.e.at_real(wanted[l].dw, chunk * layer.out * layer.in),
+                      {e_tile, layer.out, at.count, 1, layer.out},
+                      {u, at.count, layer.in, layer.in, 1}, first, part);
   }
 };
 
@@ -283,8 +272,8 @@ std::tuple<Tensor, std::vector<Tensor>> batch_ensemble_mlp_backward(
     int64_t count, elements;
   };
   std::vector<Sum> all;
-  NetworkBackward backward{call,   dy.const_data_ptr(), products, {}, call.layers.size(), nullptr,
-                           nullptr};
+  NetworkBackward backward{call, dy.const_data_ptr(), products, {},
+                           {},   call.layers.size(),  nullptr,  nullptr};
   size_t p = 0;
   const bool member_products =
       !need_x && call.items >= kMemberItems && call.layers[0].r.given && needs[1];
@@ -328,6 +317,13 @@ std::tuple<Tensor, std::vector<Tensor>> batch_ensemble_mlp_backward(
   if (member_products) {
     bare = empty_like(call.x, Sizes{call.items, call.members, call.layers[0].out});
     backward.bare = bare.mutable_data_ptr();
+  }
+
+  for (size_t l = 0; l < call.layers.size(); ++l) {
+    const Layer& layer = call.layers[l];
+    const Matrix w{layer.weight.const_data_ptr(), layer.out, layer.in, layer.in, 1};
+    const bool made = l >= backward.lowest && (l > 0 || !member_products);
+    backward.back.push_back(made ? e.prepare(call.x, w) : Right(w));
   }
 
   parallel_for(0, chunks, 1, [&](int64_t begin, int64_t end) {

@@ -5,7 +5,8 @@
 // bias and activation on the way out of it, both while it is in cache.
 //
 // Products run in the accumulator's type; bfloat16 tiles are multiplied as they are only where the
-// processor has instructions for it (SOLERA_GEMM=native|float32 overrides). Tiles hold a multiple
+// processor has instructions for it (SOLERA_GEMM=native|float32 overrides, =library leaves them to
+// torch everywhere). Tiles hold a multiple
 // of 16 rows, for which BLAS libraries give a row the same bits whatever the other rows are (see
 // docs/performance/batch_ensemble.md); SOLERA_FIXED_TILES=1 does not rely on that.
 #pragma once
@@ -70,6 +71,7 @@ struct EnsembleTables {
 #endif
 
 #include "../parallel.h"
+#include "amx_product.h"
 
 namespace solera {
 
@@ -93,12 +95,14 @@ inline bool fixed_tiles() {
   return value && *value && std::strcmp(value, "0") != 0;
 }
 
+inline bool asked_for_product(const char* name) {
+  const char* asked = std::getenv("SOLERA_GEMM");
+  return asked && std::strcmp(asked, name) == 0;
+}
 // Whether bfloat16 products beat float32 ones here: AMX or AVX512-BF16, or as SOLERA_GEMM says.
 inline bool native_bfloat16() {
-  if (const char* asked = std::getenv("SOLERA_GEMM")) {
-    if (std::strcmp(asked, "native") == 0) return true;
-    if (std::strcmp(asked, "float32") == 0) return false;
-  }
+  if (asked_for_product("native") || asked_for_product("library")) return true;
+  if (asked_for_product("float32")) return false;
 #if defined(SOLERA_X86)
   static const bool found = [] {
     unsigned a = 0, b = 0, c = 0, d = 0;
@@ -116,6 +120,14 @@ struct Matrix {
   int64_t rows, columns, row_step, column_step;
 };
 
+// The right operand of several products, packed once where that is of use (Engine::prepare).
+struct Right {
+  Matrix matrix;
+  Tensor packed;
+  bool is_packed = false;
+  explicit Right(const Matrix& m) : matrix(m) {}
+};
+
 // How one call computes: the kernels of its dtype, and the types of tiles and of sums.
 struct Engine {
   const EnsembleTable& run;
@@ -123,7 +135,7 @@ struct Engine {
   ScalarType real, tile;
   int32_t tile_code;
   int64_t real_size, tile_size, size;
-  bool stored_as_tile, fixed;
+  bool stored_as_tile, fixed, own;  // own: bfloat16 products by amx_product.h where it can
   int64_t max_rows;
 
   explicit Engine(const Tensor& x, bool native = native_bfloat16())
@@ -137,6 +149,7 @@ struct Engine {
         size(x.element_size()),
         stored_as_tile(x.scalar_type() == tile),
         fixed(fixed_tiles()),
+        own(tile == ScalarType::BFloat16 && !asked_for_product("library")),
         max_rows(tile == ScalarType::BFloat16 ? kNativeTileRows : kTileRows) {}
 
   Tensor scratch(const Tensor& like, int64_t n, bool sums = false) const {
@@ -159,6 +172,30 @@ struct Engine {
   }
   int64_t padded(int64_t count) const { return fixed ? max_rows : round_up(count, kRowQuantum); }
 
+  // b for products of many tiles.
+  Right prepare(const Tensor& like, const Matrix& b) const {
+    Right right(b);
+    const AmxMatrix columns = half(b);
+    if (!own || b.columns == 0 || !amx_takes(columns)) return right;
+    const int64_t panels = amx_blocks(b.columns), panel = amx_panel(b.rows);
+    right.packed = scratch(like, panels * panel);
+    right.is_packed = true;
+    bf16* const to = static_cast<bf16*>(right.packed.mutable_data_ptr());
+    parallel_for(0, panels, 4, [&](int64_t begin, int64_t end) {
+      const int64_t first = begin * kAmxBlock, stop = end * kAmxBlock;
+      amx()->pack(columns, first, (stop < b.columns ? stop : b.columns) - first,
+                  to + begin * panel);
+    });
+    return right;
+  }
+  void product(EnsembleMatrix out, const Matrix& a, const Right& b) const {
+    if (a.rows == 0 || b.matrix.columns == 0) return;
+    if (b.is_packed && amx_product(half(a), b.packed.const_data_ptr(), b.matrix.columns,
+                                   {out.data, out.stride, false}))
+      return;
+    product(out, a, b.matrix);
+  }
+
   // out = a b, or out += a b, single-threaded inside a parallel region. out is (a.rows, b.columns)
   // of the tile's type.
   void product(EnsembleMatrix out, const Matrix& a, const Matrix& b, bool add = false) const {
@@ -168,6 +205,7 @@ struct Engine {
         std::memset(at(out.data, i * out.stride), 0, size_t(b.columns * tile_size));
       return;
     }
+    if (own && !add && amx_product(half(a), half(b), {out.data, out.stride, false})) return;
     const Blob c({out.data, a.rows, b.columns, out.stride, 1}, tile_code);
     const int64_t most = depth(a.columns);
     for (int64_t k = 0; k < a.columns; k += most) {
@@ -184,6 +222,17 @@ struct Engine {
     }
   }
 
+  // sums += a b, or = a b for the first of them, sums (a.rows, b.columns) of the accumulator's type
+  // and dense. `part` is a tile of that many elements.
+  void accumulate(void* sums, const Matrix& a, const Matrix& b, bool first, void* part) const {
+    const int64_t width = b.columns, n = a.rows * width;
+    if (tile == real) return product({sums, width}, a, b, !first);
+    if (first) std::memset(sums, 0, size_t(n * real_size));
+    if (own && amx_product(half(a), half(b), {sums, width, true})) return;
+    product({part, width}, a, b);
+    run.add(part, sums, n);
+  }
+
   // How many terms one call of the library sums. MKL cuts longer sums where it likes, otherwise in
   // a parallel region than outside one: from 800 on (600 in float64) bits were seen to follow the
   // thread count. bfloat16's library keeps float32 sums of any length.
@@ -193,6 +242,10 @@ struct Engine {
   }
 
  private:
+  static AmxMatrix half(const Matrix& m) {
+    return {static_cast<const bf16*>(m.data), m.rows, m.columns, m.row_step, m.column_step};
+  }
+
   struct Blob {
     AtenTensorHandle handle = nullptr;
     Blob(const Matrix& m, int32_t dtype) {

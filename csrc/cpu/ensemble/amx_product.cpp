@@ -1,0 +1,245 @@
+// bfloat16 products in AMX registers; what for, and the order of the sums, in amx_product.h.
+//
+// Blocks of 32 rows by 32 columns: four registers of sums, two of a and two of b, which is the most
+// products a load can serve. Operations: 16 cycles a register product; a load from the first-level
+// cache 8, hence the loads hide behind the products. Sums go through 4 KB that stay in cache
+// (stored straight to rows a large power of two apart they take 105 cycles a register instead of
+// 15).
+//
+// The instructions are written as assembly: only an object compiled for AMX has their intrinsics.
+#include "amx_product.h"
+
+namespace solera {
+namespace SOLERA_ISA {
+namespace {
+
+#if defined(__AVX512F__) && defined(__x86_64__)
+
+// How a register holds 16 rows of a (32 terms each), and 16 columns of b (pairs of terms).
+constexpr int64_t kRegister = 512, kBlock = 1024;  // elements
+
+SOLERA_INLINE void transpose(__m512i r[16]) {
+  __m512i t[16];
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+  }
+}
+
+SOLERA_INLINE __mmask32 first(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
+
+// Up to 32 lines of up to 32 terms, neighbours in memory, to two registers: as rows of a, or turned
+// into columns of b.
+SOLERA_INLINE void pack_lines(const bf16* from, int64_t step, int64_t lines, int64_t terms,
+                              bool turn, bf16* to) {
+  const __mmask32 mask = first(terms);
+  for (int64_t half = 0; half < 32; half += 16) {
+    __m512i r[16];
+    for (int64_t i = 0; i < 16; ++i)
+      r[i] = half + i < lines ? _mm512_maskz_loadu_epi16(mask, from + (half + i) * step)
+                              : _mm512_setzero_si512();
+    if (turn) transpose(r);
+    for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + (half + i) * 32, r[i]);
+  }
+}
+
+// The same of up to 32 terms, each a line of up to 32 neighbours: as columns of b, or turned into
+// rows of a.
+SOLERA_INLINE void pack_terms(const bf16* from, int64_t step, int64_t terms, int64_t lines,
+                              bool turn, bf16* to) {
+  const __m512i pair = _mm512_set1_epi32(0x00200000);  // of a term and the one after it
+  const __m512i low = _mm512_add_epi32(
+      pair,
+      _mm512_mullo_epi32(_mm512_set1_epi32(0x00010001),
+                         _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)));
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(0x00100010));
+  const __mmask32 mask = first(lines);
+  __m512i r[16], s[16];
+  for (int64_t i = 0; i < 16; ++i) {
+    const __m512i zero = _mm512_setzero_si512();
+    const __m512i even = 2 * i < terms ? _mm512_maskz_loadu_epi16(mask, from + 2 * i * step) : zero;
+    const __m512i odd =
+        2 * i + 1 < terms ? _mm512_maskz_loadu_epi16(mask, from + (2 * i + 1) * step) : zero;
+    r[i] = _mm512_permutex2var_epi16(even, low, odd);
+    s[i] = _mm512_permutex2var_epi16(even, high, odd);
+  }
+  if (turn) {
+    transpose(r);
+    transpose(s);
+  }
+  for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + i * 32, r[i]);
+  for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + kRegister + i * 32, s[i]);
+}
+
+// Up to 32 lines (rows of a, columns of b) with all their terms. `line` and `term` are the steps.
+SOLERA_INLINE void pack(const bf16* from, int64_t line, int64_t term, int64_t lines, int64_t terms,
+                        bool rows, bf16* to) {
+  for (int64_t k = 0; k < terms; k += kAmxBlock, to += kBlock) {
+    const int64_t n = terms - k < kAmxBlock ? terms - k : kAmxBlock;
+    if (term == 1)
+      pack_lines(from + k, line, lines, n, !rows, to);
+    else
+      pack_terms(from + k * term, term, n, lines, rows, to);
+  }
+}
+
+struct Config {
+  uint8_t palette, start, reserved[14];
+  uint16_t bytes[16];
+  uint8_t rows[16];
+};
+
+// Configures eight full registers for as long as it lives; then all is as it was found.
+class Registers {
+ public:
+  Registers() {
+    asm volatile("sttilecfg %0" : "=m"(found_));
+    Config config = {};
+    config.palette = 1;
+    for (int i = 0; i < 8; ++i) {
+      config.bytes[i] = 64;
+      config.rows[i] = 16;
+    }
+    asm volatile("ldtilecfg %0" ::"m"(config));
+  }
+  ~Registers() {
+    if (found_.palette)
+      asm volatile("ldtilecfg %0" ::"m"(found_));
+    else
+      asm volatile("tilerelease");
+  }
+  Registers(const Registers&) = delete;
+
+ private:
+  Config found_;
+};
+
+#define SOLERA_LOAD(reg, from, step) \
+  asm volatile("tileloadd (%0,%1,1), %%tmm" #reg::"r"(from), "r"(step) : "memory")
+#define SOLERA_STORE(reg, to) \
+  asm volatile("tilestored %%tmm" #reg ", (%0,%1,1)" ::"r"(to), "r"(int64_t(128)) : "memory")
+#define SOLERA_MULTIPLY(sum, left, right) \
+  asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum::)
+#define SOLERA_ZERO(reg) asm volatile("tilezero %%tmm" #reg::)
+
+// sums (32, 32) of the packed columns and of rows: 16 of them `step` bytes apart in a register, the
+// second register `second` bytes after the first, the next terms `next` bytes on.
+SOLERA_INLINE void multiply_block(const void* rows, int64_t step, int64_t second, int64_t next,
+                                  const bf16* columns, int64_t blocks, bool half, float* sums) {
+  const char *a = (const char*)rows, *b = (const char*)columns;
+  const int64_t dense = 64;
+  SOLERA_ZERO(0);
+  SOLERA_ZERO(1);
+  if (half) {
+    for (int64_t k = 0; k < blocks; ++k, a += next, b += 2 * kBlock) {
+      SOLERA_LOAD(4, a, step);
+      SOLERA_LOAD(6, b, dense);
+      SOLERA_MULTIPLY(0, 4, 6);
+      SOLERA_LOAD(7, b + 2 * kRegister, dense);
+      SOLERA_MULTIPLY(1, 4, 7);
+    }
+  } else {
+    SOLERA_ZERO(2);
+    SOLERA_ZERO(3);
+    for (int64_t k = 0; k < blocks; ++k, a += next, b += 2 * kBlock) {
+      SOLERA_LOAD(4, a, step);
+      SOLERA_LOAD(6, b, dense);
+      SOLERA_MULTIPLY(0, 4, 6);
+      SOLERA_LOAD(7, b + 2 * kRegister, dense);
+      SOLERA_MULTIPLY(1, 4, 7);
+      SOLERA_LOAD(5, a + second, step);
+      SOLERA_MULTIPLY(2, 5, 6);
+      SOLERA_MULTIPLY(3, 5, 7);
+    }
+    SOLERA_STORE(2, sums + 512);
+    SOLERA_STORE(3, sums + 528);
+  }
+  SOLERA_STORE(0, sums);
+  SOLERA_STORE(1, sums + 16);
+}
+
+// A block of sums to its rows. The instruction flushes denormals to zero; the products have done so
+// already.
+SOLERA_INLINE void leave(const float* sums, AmxResult out, int64_t row, int64_t column,
+                         int64_t rows, int64_t columns) {
+  const __mmask32 mask = first(columns);
+  for (int64_t i = 0; i < rows; ++i) {
+    const __m512 low = _mm512_load_ps(sums + i * 32), high = _mm512_load_ps(sums + i * 32 + 16);
+    if (out.sums) {
+      float* to = (float*)out.data + (row + i) * out.stride + column;
+      const __mmask16 l = __mmask16(mask), h = __mmask16(mask >> 16);
+      _mm512_mask_storeu_ps(to, l, _mm512_add_ps(_mm512_maskz_loadu_ps(l, to), low));
+      if (h)
+        _mm512_mask_storeu_ps(to + 16, h, _mm512_add_ps(_mm512_maskz_loadu_ps(h, to + 16), high));
+    } else {
+      __m512i rounded;
+      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(rounded) : "v"(high), "v"(low));
+      _mm512_mask_storeu_epi16((bf16*)out.data + (row + i) * out.stride + column, mask, rounded);
+    }
+  }
+}
+
+void pack_columns(const AmxMatrix& b, int64_t begin, int64_t columns, void* to) {
+  const bf16* from = b.data + begin * b.column_step;
+  for (int64_t j = 0; j < columns; j += kAmxBlock)
+    pack(from + j * b.column_step, b.column_step, b.row_step,
+         columns - j < kAmxBlock ? columns - j : kAmxBlock, b.rows, false,
+         (bf16*)to + j / kAmxBlock * amx_panel(b.rows));
+}
+
+void multiply(const AmxMatrix& a, const void* packed, int64_t columns, AmxResult out,
+              void* scratch) {
+  const int64_t terms = a.columns, blocks = amx_blocks(terms), panel = amx_panel(terms);
+  // Rows are read where they lie, unless they would share sets of the first-level cache.
+  const bool direct = a.column_step == 1 && terms % kAmxBlock == 0 && a.row_step <= 512;
+  alignas(64) float sums[1024];
+  const Registers registers;
+  for (int64_t i = 0; i < a.rows; i += kAmxBlock) {
+    const int64_t rows = a.rows - i < kAmxBlock ? a.rows - i : kAmxBlock;
+    const bf16* from = a.data + i * a.row_step;
+    const bool here = direct && rows % 16 == 0;
+    if (!here) pack(from, a.row_step, a.column_step, rows, terms, true, (bf16*)scratch);
+    for (int64_t j = 0; j < columns; j += kAmxBlock) {
+      const bf16* right = (const bf16*)packed + j / kAmxBlock * panel;
+      if (here)
+        multiply_block(from, 2 * a.row_step, 32 * a.row_step, 64, right, blocks, rows <= 16, sums);
+      else
+        multiply_block(scratch, 64, 2 * kRegister, 2 * kBlock, right, blocks, rows <= 16, sums);
+      leave(sums, out, i, j, rows, columns - j);
+    }
+  }
+}
+
+constexpr AmxTable kTable = {pack_columns, multiply};
+
+#else
+
+constexpr AmxTable kTable = {nullptr, nullptr};
+
+#endif
+
+}  // namespace
+
+extern const AmxTable amx_table;
+const AmxTable amx_table = kTable;
+
+}  // namespace SOLERA_ISA
+}  // namespace solera

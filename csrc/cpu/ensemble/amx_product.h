@@ -1,0 +1,129 @@
+// Products of bfloat16 tiles in a processor's matrix registers (AMX), sums in float32, rounded
+// once.
+//
+// torch's library packs the weight and clears the result for every call, which is most of the time
+// of small products, and rounds every result to bfloat16. This packs into a thread's own scratch,
+// keeps a block of 32 x 32 sums in registers over all terms, and can add the sums to float32.
+//
+// A result is one sum of its terms in order, 32 at a time, whatever the other rows and columns are.
+#pragma once
+#include "../simd.h"
+
+namespace solera {
+
+// Element (i, j) at data + i * row_step + j * column_step; one of the steps is 1.
+struct AmxMatrix {
+  const bf16* data;
+  int64_t rows, columns, row_step, column_step;
+};
+struct AmxResult {
+  void* data;      // bfloat16, or float32 to which the sums are added
+  int64_t stride;  // between rows
+  bool sums;
+};
+
+struct AmxTable {
+  // Columns [first, first + columns) of b to panels of 32, each amx_panel(b.rows) elements.
+  void (*pack)(const AmxMatrix& b, int64_t first, int64_t columns, void* to);
+  // out (a.rows, columns). `scratch` holds a panel. Packed memory and scratch are aligned to 64.
+  void (*multiply)(const AmxMatrix& a, const void* packed, int64_t columns, AmxResult out,
+                   void* scratch);
+};
+
+constexpr int64_t kAmxBlock = 32;                 // rows, columns and terms of a block
+constexpr int64_t kAmxPacked = int64_t(1) << 19;  // elements of b packed at a time
+constexpr int64_t kAmxTerms = 2048;               // more of them are left to the library
+
+SOLERA_INLINE int64_t amx_blocks(int64_t n) { return (n + kAmxBlock - 1) / kAmxBlock; }
+SOLERA_INLINE int64_t amx_panel(int64_t terms) { return amx_blocks(terms) * kAmxBlock * kAmxBlock; }
+
+}  // namespace solera
+
+#ifdef SOLERA_FRONT
+#if defined(SOLERA_X86)
+#include <cpuid.h>
+#endif
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+#include "../parallel.h"
+
+namespace solera {
+
+namespace generic {
+extern const AmxTable amx_table;
+}
+SOLERA_PICK(AmxTable, amx_table)
+
+// The product, or null where the processor, the kernel or SOLERA_ISA does not grant the registers.
+inline const AmxTable* amx() {
+#if defined(SOLERA_X86) && defined(__linux__)
+  static const AmxTable* const found = [] {
+    const AmxTable* table = &pick_amx_table();
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    if (!table->multiply || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) table = nullptr;
+    const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
+    const bool rounds = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);  // AVX512-BF16
+    constexpr int kRequestPermission = 0x1023, kTileData = 18;
+    if (table && tiles && rounds && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0)
+      return table;
+    return static_cast<const AmxTable*>(nullptr);
+  }();
+  return found;
+#else
+  return nullptr;
+#endif
+}
+
+inline bool amx_fits(const AmxMatrix& m) { return m.row_step == 1 || m.column_step == 1; }
+
+// Whether amx_product would take a product with b. That never depends on the rows of a.
+inline bool amx_takes(const AmxMatrix& b) {
+  return b.rows > 0 && b.rows <= kAmxTerms && amx_fits(b) && amx() != nullptr;
+}
+
+// A thread's memory for `elements` packed ones. It stays with the thread: up to 1.1 MB.
+inline bf16* amx_scratch(int64_t elements) {
+  struct Scratch {
+    void* data = nullptr;
+    int64_t elements = 0;
+    ~Scratch() { std::free(data); }
+  };
+  static thread_local Scratch scratch;
+  if (scratch.elements < elements) {
+    std::free(scratch.data);
+    scratch.data = std::aligned_alloc(4096, size_t((2 * elements + 4095) / 4096 * 4096));
+    scratch.elements = scratch.data ? elements : 0;
+    STD_TORCH_CHECK(scratch.data, "no memory for a product's scratch");
+  }
+  return static_cast<bf16*>(scratch.data);
+}
+
+// out = a b, or out += a b into float32 sums, of a packed b that amx_takes; false where a's steps
+// leave it to the library.
+inline bool amx_product(const AmxMatrix& a, const void* packed, int64_t columns, AmxResult out) {
+  if (!amx_fits(a)) return false;
+  amx()->multiply(a, packed, columns, out, amx_scratch(amx_panel(a.columns)));
+  return true;
+}
+
+// The same of a b as it is.
+inline bool amx_product(const AmxMatrix& a, const AmxMatrix& b, AmxResult out) {
+  if (!amx_takes(b) || !amx_fits(a)) return false;
+  const int64_t panel = amx_panel(b.rows), most = kAmxPacked / panel * kAmxBlock;
+  const int64_t panels = amx_blocks(b.columns < most ? b.columns : most);
+  bf16* const left = amx_scratch((panels + 1) * panel);
+  bf16* const right = left + panel;
+  for (int64_t c = 0; c < b.columns; c += most) {
+    const int64_t width = b.columns - c < most ? b.columns - c : most;
+    amx()->pack(b, c, width, right);
+    void* const to = static_cast<char*>(out.data) + c * (out.sums ? 4 : 2);
+    amx()->multiply(a, right, width, {to, out.stride, out.sums}, left);
+  }
+  return true;
+}
+
+}  // namespace solera
+#endif  // SOLERA_FRONT
