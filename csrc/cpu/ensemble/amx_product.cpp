@@ -5,44 +5,16 @@
 // cache 8, hence the loads hide behind the products. Sums go through 4 KB that stay in cache
 // (stored straight to rows a large power of two apart they take 105 cycles a register instead of
 // 15).
-//
-// The instructions are written as assembly: only an object compiled for AMX has their intrinsics.
 #include "amx_product.h"
 
 namespace solera {
 namespace SOLERA_ISA {
 namespace {
 
-#if defined(__AVX512F__) && defined(__x86_64__)
+#if SOLERA_TILES
 
 // How a register holds 16 rows of a (32 terms each), and 16 columns of b (pairs of terms).
 constexpr int64_t kRegister = 512, kBlock = 1024;  // elements
-
-SOLERA_INLINE void transpose(__m512i r[16]) {
-  __m512i t[16];
-  for (int i = 0; i < 8; ++i) {
-    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
-    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-    t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-    t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-    t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-  }
-  for (int i = 0; i < 4; ++i) {
-    r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-    r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-    r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-    r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-  }
-}
 
 SOLERA_INLINE __mmask32 first(int64_t n) { return n >= 32 ? 0xffffffffu : (1u << n) - 1; }
 
@@ -56,7 +28,7 @@ SOLERA_INLINE void pack_lines(const bf16* from, int64_t step, int64_t lines, int
     for (int64_t i = 0; i < 16; ++i)
       r[i] = half + i < lines ? _mm512_maskz_loadu_epi16(mask, from + (half + i) * step)
                               : _mm512_setzero_si512();
-    if (turn) transpose(r);
+    if (turn) transpose_pairs(r);
     for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + (half + i) * 32, r[i]);
   }
 }
@@ -82,8 +54,8 @@ SOLERA_INLINE void pack_terms(const bf16* from, int64_t step, int64_t terms, int
     s[i] = _mm512_permutex2var_epi16(even, high, odd);
   }
   if (turn) {
-    transpose(r);
-    transpose(s);
+    transpose_pairs(r);
+    transpose_pairs(s);
   }
   for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + i * 32, r[i]);
   for (int64_t i = 0; i < 16; ++i) _mm512_store_si512(to + kRegister + i * 32, s[i]);
@@ -101,79 +73,40 @@ SOLERA_INLINE void pack(const bf16* from, int64_t line, int64_t term, int64_t li
   }
 }
 
-struct Config {
-  uint8_t palette, start, reserved[14];
-  uint16_t bytes[16];
-  uint8_t rows[16];
-};
-
-// Configures eight full registers for as long as it lives; then all is as it was found.
-class Registers {
- public:
-  Registers() {
-    asm volatile("sttilecfg %0" : "=m"(found_));
-    Config config = {};
-    config.palette = 1;
-    for (int i = 0; i < 8; ++i) {
-      config.bytes[i] = 64;
-      config.rows[i] = 16;
-    }
-    asm volatile("ldtilecfg %0" ::"m"(config));
-  }
-  ~Registers() {
-    if (found_.palette)
-      asm volatile("ldtilecfg %0" ::"m"(found_));
-    else
-      asm volatile("tilerelease");
-  }
-  Registers(const Registers&) = delete;
-
- private:
-  Config found_;
-};
-
-#define SOLERA_LOAD(reg, from, step) \
-  asm volatile("tileloadd (%0,%1,1), %%tmm" #reg::"r"(from), "r"(step) : "memory")
-#define SOLERA_STORE(reg, to) \
-  asm volatile("tilestored %%tmm" #reg ", (%0,%1,1)" ::"r"(to), "r"(int64_t(128)) : "memory")
-#define SOLERA_MULTIPLY(sum, left, right) \
-  asm volatile("tdpbf16ps %%tmm" #right ", %%tmm" #left ", %%tmm" #sum::)
-#define SOLERA_ZERO(reg) asm volatile("tilezero %%tmm" #reg::)
-
 // sums (32, 32) of the packed columns and of rows: 16 of them `step` bytes apart in a register, the
 // second register `second` bytes after the first, the next terms `next` bytes on.
 SOLERA_INLINE void multiply_block(const void* rows, int64_t step, int64_t second, int64_t next,
                                   const bf16* columns, int64_t blocks, bool half, float* sums) {
   const char *a = (const char*)rows, *b = (const char*)columns;
   const int64_t dense = 64;
-  SOLERA_ZERO(0);
-  SOLERA_ZERO(1);
+  SOLERA_TILE_ZERO(0);
+  SOLERA_TILE_ZERO(1);
   if (half) {
     for (int64_t k = 0; k < blocks; ++k, a += next, b += 2 * kBlock) {
-      SOLERA_LOAD(4, a, step);
-      SOLERA_LOAD(6, b, dense);
-      SOLERA_MULTIPLY(0, 4, 6);
-      SOLERA_LOAD(7, b + 2 * kRegister, dense);
-      SOLERA_MULTIPLY(1, 4, 7);
+      SOLERA_TILE_LOAD(4, a, step);
+      SOLERA_TILE_LOAD(6, b, dense);
+      SOLERA_TILE_PRODUCT(0, 4, 6);
+      SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
+      SOLERA_TILE_PRODUCT(1, 4, 7);
     }
   } else {
-    SOLERA_ZERO(2);
-    SOLERA_ZERO(3);
+    SOLERA_TILE_ZERO(2);
+    SOLERA_TILE_ZERO(3);
     for (int64_t k = 0; k < blocks; ++k, a += next, b += 2 * kBlock) {
-      SOLERA_LOAD(4, a, step);
-      SOLERA_LOAD(6, b, dense);
-      SOLERA_MULTIPLY(0, 4, 6);
-      SOLERA_LOAD(7, b + 2 * kRegister, dense);
-      SOLERA_MULTIPLY(1, 4, 7);
-      SOLERA_LOAD(5, a + second, step);
-      SOLERA_MULTIPLY(2, 5, 6);
-      SOLERA_MULTIPLY(3, 5, 7);
+      SOLERA_TILE_LOAD(4, a, step);
+      SOLERA_TILE_LOAD(6, b, dense);
+      SOLERA_TILE_PRODUCT(0, 4, 6);
+      SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
+      SOLERA_TILE_PRODUCT(1, 4, 7);
+      SOLERA_TILE_LOAD(5, a + second, step);
+      SOLERA_TILE_PRODUCT(2, 5, 6);
+      SOLERA_TILE_PRODUCT(3, 5, 7);
     }
-    SOLERA_STORE(2, sums + 512);
-    SOLERA_STORE(3, sums + 528);
+    SOLERA_TILE_STORE(2, sums + 512, 128);
+    SOLERA_TILE_STORE(3, sums + 528, 128);
   }
-  SOLERA_STORE(0, sums);
-  SOLERA_STORE(1, sums + 16);
+  SOLERA_TILE_STORE(0, sums, 128);
+  SOLERA_TILE_STORE(1, sums + 16, 128);
 }
 
 // A block of sums to its rows. The instruction flushes denormals to zero; the products have done so
@@ -211,7 +144,7 @@ void multiply(const AmxMatrix& a, const void* packed, int64_t columns, AmxResult
   // Rows are read where they lie, unless they would share sets of the first-level cache.
   const bool direct = a.column_step == 1 && terms % kAmxBlock == 0 && a.row_step <= 512;
   alignas(64) float sums[1024];
-  const Registers registers;
+  const Tiles tiles;
   for (int64_t i = 0; i < a.rows; i += kAmxBlock) {
     const int64_t rows = a.rows - i < kAmxBlock ? a.rows - i : kAmxBlock;
     const bf16* from = a.data + i * a.row_step;

@@ -7,7 +7,7 @@
 //
 // A result is one sum of its terms in order, 32 at a time, whatever the other rows and columns are.
 #pragma once
-#include "../simd.h"
+#include "../amx.h"
 
 namespace solera {
 
@@ -40,14 +40,6 @@ SOLERA_INLINE int64_t amx_panel(int64_t terms) { return amx_blocks(terms) * kAmx
 }  // namespace solera
 
 #ifdef SOLERA_FRONT
-#if defined(SOLERA_X86)
-#include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 #include "../parallel.h"
 
 namespace solera {
@@ -59,22 +51,8 @@ SOLERA_PICK(AmxTable, amx_table)
 
 // The product, or null where the processor, the kernel or SOLERA_ISA does not grant the registers.
 inline const AmxTable* amx() {
-#if defined(SOLERA_X86) && defined(__linux__)
-  static const AmxTable* const found = [] {
-    const AmxTable* table = &pick_amx_table();
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!table->multiply || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) table = nullptr;
-    const bool tiles = (d >> 22 & 1) && (d >> 24 & 1);  // AMX-BF16, AMX-TILE
-    const bool rounds = __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 5 & 1);  // AVX512-BF16
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;
-    if (table && tiles && rounds && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0)
-      return table;
-    return static_cast<const AmxTable*>(nullptr);
-  }();
-  return found;
-#else
-  return nullptr;
-#endif
+  const AmxTable& table = pick_amx_table();
+  return table.multiply && amx_granted() ? &table : nullptr;
 }
 
 inline bool amx_fits(const AmxMatrix& m) { return m.row_step == 1 || m.column_step == 1; }

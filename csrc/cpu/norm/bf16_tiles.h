@@ -1,18 +1,11 @@
 // Products of bfloat16 with sums in float32 on AMX's tiles, which torch does not offer on a CPU:
 // its own round every result to bfloat16.
 //
-// A tile is 1 KiB: 16 rows of 32 numbers on the left of a product, 16 pairs of rows of 16 columns
-// (the two numbers of a pair side by side) on its right. Operands are packed tile after tile along
-// the sum, so that a panel is read in order.
+// Operands are packed tile after tile along the sum, so that a panel is read in order.
 #pragma once
 
+#include "../amx.h"
 #include "../strips.h"
-
-#if defined(__AVX512F__) && defined(__linux__) && defined(__x86_64__)
-#define SOLERA_TILES 1
-#else
-#define SOLERA_TILES 0
-#endif
 
 namespace solera {
 namespace SOLERA_ISA {
@@ -50,97 +43,45 @@ SOLERA_INLINE void right_tile(bf16* to, const bf16* from, int64_t step, int64_t 
   }
 }
 
-// Pairs as units: a left tile becomes the right tile of its transpose and back.
-SOLERA_INLINE void transpose_pairs(bf16* tile) {
-  __m512i r[16], t[16];
+// A left tile becomes the right tile of its transpose and back.
+SOLERA_INLINE void turn_tile(bf16* tile) {
+  __m512i r[16];
   for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(tile + i * kTileDepth);
-  // 4 x 4 units within each 128 bits, then the sixteen 128-bit blocks by quarters of the rows.
-  for (int i = 0; i < 16; i += 2) {
-    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4) {
-    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-  }
-  for (int i = 0; i < 4; ++i) {
-    const __m512i a = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-    const __m512i b = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-    const __m512i c = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-    const __m512i d = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    _mm512_storeu_si512(tile + i * kTileDepth, _mm512_shuffle_i32x4(a, c, 0x88));
-    _mm512_storeu_si512(tile + (i + 4) * kTileDepth, _mm512_shuffle_i32x4(b, d, 0x88));
-    _mm512_storeu_si512(tile + (i + 8) * kTileDepth, _mm512_shuffle_i32x4(a, c, 0xdd));
-    _mm512_storeu_si512(tile + (i + 12) * kTileDepth, _mm512_shuffle_i32x4(b, d, 0xdd));
-  }
+  transpose_pairs(r);
+  for (int i = 0; i < 16; ++i) _mm512_storeu_si512(tile + i * kTileDepth, r[i]);
 }
-
-// All tiles 16 rows of 64 bytes. What was configured before is put back at the end, for whoever
-// (oneDNN) believes its own configuration still to be there.
-class TileUse {
- public:
-  __attribute__((target("amx-tile"))) TileUse() {
-    alignas(64) uint8_t config[64] = {};
-    config[0] = 1;
-    for (int t = 0; t < 8; ++t) {
-      config[16 + 2 * t] = 64;
-      config[48 + t] = 16;
-    }
-    _tile_storeconfig(before_);
-    // GCC's intrinsics name the first eight bytes only as what they read.
-    __asm__ volatile("" : : "r"(config) : "memory");
-    _tile_loadconfig(config);
-  }
-  __attribute__((target("amx-tile"))) ~TileUse() {
-    __asm__ volatile("" : : "r"(before_) : "memory");
-    if (before_[0])
-      _tile_loadconfig(before_);
-    else
-      _tile_release();
-  }
-  TileUse(const TileUse&) = delete;
-
- private:
-  alignas(64) uint8_t before_[64];
-};
 
 // c (M x 16 rows, 32 columns) = or += a b over `depth` tiles of the sum.
 template <int M>
-__attribute__((target("amx-tile,amx-bf16"))) inline void tile_block(const bf16* a, int64_t a_panel,
-                                                                    const bf16* b, int64_t b_panel,
-                                                                    int64_t depth, float* c,
-                                                                    int64_t step, bool add) {
+void tile_block(const bf16* a, int64_t a_panel, const bf16* b, int64_t b_panel, int64_t depth,
+                float* c, int64_t step, bool add) {
   const int64_t bytes = step * 4;
   float* low = c + kTileRows * step;
-  __asm__ volatile("" : : : "memory");  // GCC's intrinsics do not say what memory they read
   if (add) {
-    _tile_loadd(0, c, bytes);
-    _tile_loadd(1, c + kTileRows, bytes);
-    if (M > 1) _tile_loadd(2, low, bytes);
-    if (M > 1) _tile_loadd(3, low + kTileRows, bytes);
+    SOLERA_TILE_LOAD(0, c, bytes);
+    SOLERA_TILE_LOAD(1, c + kTileRows, bytes);
+    if (M > 1) SOLERA_TILE_LOAD(2, low, bytes);
+    if (M > 1) SOLERA_TILE_LOAD(3, low + kTileRows, bytes);
   } else {
-    _tile_zero(0);
-    _tile_zero(1);
-    if (M > 1) _tile_zero(2);
-    if (M > 1) _tile_zero(3);
+    SOLERA_TILE_ZERO(0);
+    SOLERA_TILE_ZERO(1);
+    if (M > 1) SOLERA_TILE_ZERO(2);
+    if (M > 1) SOLERA_TILE_ZERO(3);
   }
   for (int64_t k = 0; k < depth; ++k) {
-    _tile_loadd(4, a + k * kTile, 64);
-    _tile_loadd(6, b + k * kTile, 64);
-    _tile_loadd(7, b + b_panel + k * kTile, 64);
-    _tile_dpbf16ps(0, 4, 6);
-    _tile_dpbf16ps(1, 4, 7);
-    if (M > 1) _tile_loadd(5, a + a_panel + k * kTile, 64);
-    if (M > 1) _tile_dpbf16ps(2, 5, 6);
-    if (M > 1) _tile_dpbf16ps(3, 5, 7);
+    SOLERA_TILE_LOAD(4, a + k * kTile, 64);
+    SOLERA_TILE_LOAD(6, b + k * kTile, 64);
+    SOLERA_TILE_LOAD(7, b + b_panel + k * kTile, 64);
+    SOLERA_TILE_PRODUCT(0, 4, 6);
+    SOLERA_TILE_PRODUCT(1, 4, 7);
+    if (M > 1) SOLERA_TILE_LOAD(5, a + a_panel + k * kTile, 64);
+    if (M > 1) SOLERA_TILE_PRODUCT(2, 5, 6);
+    if (M > 1) SOLERA_TILE_PRODUCT(3, 5, 7);
   }
-  _tile_stored(0, c, bytes);
-  _tile_stored(1, c + kTileRows, bytes);
-  if (M > 1) _tile_stored(2, low, bytes);
-  if (M > 1) _tile_stored(3, low + kTileRows, bytes);
-  __asm__ volatile("" : : : "memory");
+  SOLERA_TILE_STORE(0, c, bytes);
+  SOLERA_TILE_STORE(1, c + kTileRows, bytes);
+  if (M > 1) SOLERA_TILE_STORE(2, low, bytes);
+  if (M > 1) SOLERA_TILE_STORE(3, low + kTileRows, bytes);
 }
 
 // c = or += a b of `rows` x `columns` tiles, columns even; panels lie `*_panel` numbers apart.

@@ -68,12 +68,6 @@ const ClassTables class_tables = {kClassTable<bf16>, kClassTable<f16>, kTiles, c
 #ifdef SOLERA_FRONT
 #include "../tile_product.h"
 
-#if defined(__linux__) && defined(__x86_64__)
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace solera {
 
 SOLERA_PICK(ClassTables, class_tables)
@@ -84,22 +78,6 @@ using tile_product::Matrix;
 
 constexpr int64_t kLanesMultiple = 32;
 constexpr int64_t kRoundElements = int64_t(1) << 19;  // of each of a round's float32 buffers
-
-// Whether the processor has tiles for bfloat16 and the system lets this process use them.
-bool has_tiles() {
-#if defined(__linux__) && defined(__x86_64__)
-  static const bool found = [] {
-    unsigned a = 0, b = 0, c = 0, d = 0;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
-    constexpr long kAskPermission = 0x1023, kTileData = 18;
-    return (d & kBf16) && (d & kTile) && syscall(SYS_arch_prctl, kAskPermission, kTileData) == 0;
-  }();
-  return found;
-#else
-  return false;
-#endif
-}
 
 struct ClassArguments {
   Tensor x, weight, class_inverse;
@@ -137,7 +115,7 @@ struct ClassArguments {
     row_inverse = padded(row_inverse_in);
     const auto& tables = pick_class_tables();
     table = type == ScalarType::Half ? &tables.f16_ : &tables.bf16_;
-    const bool on_tiles = type == ScalarType::BFloat16 && tables.tiles.pack_x && has_tiles();
+    const bool on_tiles = type == ScalarType::BFloat16 && tables.tiles.pack_x && amx_granted();
     tiles = on_tiles ? &tables.tiles : nullptr;
     head = {weight.const_data_ptr(),
             row_inverse.data(),

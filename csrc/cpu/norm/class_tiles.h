@@ -20,7 +20,7 @@ void pack_x(const void* x, int64_t rows, int64_t lanes, int64_t width, void* by_
   for (int64_t b = 0; b < lanes; b += kTileRows)
     for (int64_t k = 0; k < depth; ++k, to += kTile) {
       left_tile(to, from + b * width + k * kTileDepth, width, rows - b, width - k * kTileDepth);
-      transpose_pairs(to);
+      turn_tile(to);
     }
   if (!by_row) return;
   to = (bf16*)by_row;
@@ -31,7 +31,7 @@ void pack_x(const void* x, int64_t rows, int64_t lanes, int64_t width, void* by_
 
 void statistics_on_tiles(const ClassHead& p, const void* by_class, int64_t group, float* statistics,
                          int16_t* cosines) {
-  const TileUse use;
+  const Tiles tiles;
   const int64_t depth = tiles_of(p.width, kTileDepth);
   bf16* left = new bf16[size_t(kClassBlock / kTileRows * depth * kTile)];
   float* products = new float[size_t(kClassBlock * p.lanes)];
@@ -61,7 +61,7 @@ void statistics_on_tiles(const ClassHead& p, const void* by_class, int64_t group
 void block_on_tiles(const ClassHead& p, const int16_t* cosines, const void* by_row, int64_t first,
                     int64_t begin, int64_t end, int64_t depth, void* dweight, void* turned,
                     void* pairs) {
-  const TileUse use;
+  const Tiles tiles;
   const int64_t panels = tiles_of(end - begin, kTileRows), rows = p.lanes / kTileDepth;
   const int64_t wide = 2 * tiles_of(p.width, kTileDepth);
   bf16* left = new bf16[size_t(kClassBlock / kTileRows * rows * kTile)];
@@ -96,7 +96,7 @@ void block_on_tiles(const ClassHead& p, const int16_t* cosines, const void* by_r
     for (int64_t d = 0; turned && d < wide; ++d) {
       bf16* to = (bf16*)turned + (d * depth + at) * kTile;
       right_tile(to, w + c * p.width + d * kTileRows, p.width, end - c, p.width - d * kTileRows);
-      transpose_pairs(to);
+      turn_tile(to);
     }
   }
   if (dweight) {
@@ -113,7 +113,7 @@ void block_on_tiles(const ClassHead& p, const int16_t* cosines, const void* by_r
 void rows_on_tiles(const void* turned, const void* pairs, int64_t lanes, int64_t depth,
                    int64_t begin, int64_t end, float* dx) {
   constexpr int64_t kStep = 16;  // so that two panels of the right side stay in L1
-  const TileUse use;
+  const Tiles tiles;
   for (int64_t k = 0; k < depth; k += kStep)
     tile_product((const bf16*)turned + (begin * depth + k) * kTile, depth * kTile, end - begin,
                  (const bf16*)pairs + k * kTile, depth * kTile, lanes / kTileRows,
