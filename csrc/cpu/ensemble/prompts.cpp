@@ -23,8 +23,7 @@ struct PromptFold {
 };
 
 struct PromptTable {
-  // By tile type: float, double, bfloat16.
-  void (*fold[3])(const PromptFold&);
+  void (*fold[2])(const PromptFold&);  // by the type of logits: float, double
   // to (A) += factor * row; by the Dtype of row
   void (*add[4])(const void* row, void* to, double factor, int64_t n);
   void (*round[4])(const void* from, void* to, int64_t n);  // A -> storage
@@ -33,14 +32,13 @@ struct PromptTable {
 namespace SOLERA_ISA {
 namespace {
 
-template <class T>
+template <class Real>
 void prompt_fold(const PromptFold& p) {
-  constexpr int L = kLanes<T>;
-  typedef AccVec<T> V;
-  typedef A<T> Real;
+  constexpr int L = kLanes<Real>;
+  typedef AccVec<Real> V;
   const Real* bias = (const Real*)p.bias;
   for (int64_t row = 0; row < p.rows; ++row) {
-    const T* x = (const T*)p.tile + row * p.stride;
+    const Real* x = (const Real*)p.tile + row * p.stride;
     const V least = splat(Real(-__builtin_inf()));
     V m[4] = {least, least, least, least}, wrong{};
     const auto value = [&](int64_t j, int n) {
@@ -92,7 +90,7 @@ void prompt_round(const void* from, void* to, int64_t n) {
 
 extern const PromptTable prompt_table;
 const PromptTable prompt_table = {
-    {prompt_fold<float>, prompt_fold<double>, prompt_fold<bf16>},
+    {prompt_fold<float>, prompt_fold<double>},
     {prompt_add<float>, prompt_add<double>, prompt_add<bf16>, prompt_add<f16>},
     {prompt_round<float>, prompt_round<double>, prompt_round<bf16>, prompt_round<f16>},
 };
@@ -144,14 +142,12 @@ class PromptTile {
   PromptTile(const Prompts& in, const Engine& e)
       : in_(in),
         e_(e),
-        fold_(pick_prompt_table().fold[e.tile == ScalarType::Double     ? 1
-                                       : e.tile == ScalarType::BFloat16 ? 2
-                                                                        : 0]),
+        fold_(pick_prompt_table().fold[e.real == ScalarType::Double]),
         group(std::max<int64_t>(1, kColumns / in.classes)),
         block(ceil_div(in.classes, ceil_div(in.classes, kColumns))),
         wide_(std::min(group, in.count) * block),
         rows_(std::min(kRows, in.rows)),
-        logits_(e.scratch(in.images, rows_ * wide_)),
+        logits_(e.scratch(in.images, rows_ * wide_, true)),
         x_(e.scratch(in.images, e.stored_as_tile ? 0 : rows_ * in.inner)),
         t_(e.scratch(in.images, e.stored_as_tile ? 0 : wide_ * in.inner)),
         best_(e.scratch(in.images, rows_, true)) {}
@@ -204,7 +200,8 @@ class PromptTile {
     return {data, n, in_.inner, in_.inner, 1};
   }
   void multiply(const Matrix& x, const Matrix& t) {
-    e_.product({logits_.mutable_data_ptr(), t.rows}, x, {t.data, t.columns, t.rows, 1, t.row_step});
+    e_.accumulate(logits_.mutable_data_ptr(), x, {t.data, t.columns, t.rows, 1, t.row_step}, true,
+                  nullptr);
   }
   void clear(int64_t rows) {
     each([&](auto* best) {
@@ -229,7 +226,7 @@ class PromptTile {
   void fold(int64_t rows, int64_t column, int64_t stride, int64_t prompt, int64_t offset,
             int64_t columns, int64_t* choice) {
     const int64_t from = prompt * in_.classes + offset;
-    PromptFold p{e_.at(logits_.mutable_data_ptr(), column),
+    PromptFold p{e_.at_real(logits_.mutable_data_ptr(), column),
                  nullptr,
                  best_.mutable_data_ptr(),
                  choice,
@@ -244,7 +241,8 @@ class PromptTile {
 };
 
 Tensor run_scores(const Prompts& in, int64_t* choice) {
-  const Engine e(in.images);
+  // Logits stay in float32: one rounded would lose ties that its maximum decides.
+  const Engine e(in.images, ensemble::bfloat16_sums(in.inner));
   Tensor scores = empty_like(in.images, {in.count}, e.real);
   const int64_t tiles = ceil_div(in.rows, kRows);
   std::vector<double> parts(size_t(tiles * in.count));

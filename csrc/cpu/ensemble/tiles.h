@@ -115,6 +115,13 @@ inline bool native_bfloat16() {
 #endif
 }
 
+// Whether sums of so many bfloat16 products are to be had in float32 (Engine::accumulate); the
+// library rounds its own to bfloat16.
+inline bool bfloat16_sums(int64_t terms) {
+  return native_bfloat16() && !asked_for_product("library") && terms <= kAmxTerms &&
+         amx() != nullptr;
+}
+
 struct Matrix {
   const void* data;
   int64_t rows, columns, row_step, column_step;
