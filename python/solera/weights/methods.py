@@ -37,6 +37,10 @@ def _function(name: str):
     return getattr(importlib.import_module("solera.weights"), name)
 
 
+def _geometry():
+    return importlib.import_module("solera.weights.geometry")
+
+
 def _numbers(owner: object, name: str, value: Any) -> None:
     """Turn a field that holds a list of numbers into a tuple of floats, which hashes."""
     if value is None:
@@ -100,6 +104,10 @@ class Method:
     def scratch(self, count: int) -> float:
         """Memory a call takes besides its inputs and its result, in accumulators an element."""
         return 0.0
+
+    def two_sweeps(self) -> bool:
+        """Whether the dots of all of a tensor are enough to then merge it tile by tile (Geometric.merge_tile)."""
+        return False
 
     def models(self, count: int) -> tuple[int, ...]:
         """Which of the K models are read."""
@@ -278,7 +286,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Geometric(Method):
+class Geometric(Method):
     """What may work row by row: with `dim=0` each row of the first dimension is a vector of its own."""
 
     def scratch(self, count):
@@ -287,9 +295,30 @@ class _Geometric(Method):
     def tiling(self, shape):
         return "rows" if getattr(self, "dim", None) == 0 and len(shape) > 1 else "whole"
 
+    def two_sweeps(self):
+        return getattr(self, "dim", None) is None
+
+    def vectors(
+        self, tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """(the vectors whose dots count and that are combined, what they are taken from or None)."""
+        return _widened(tensors, None, out_dtype)
+
+    def coefficients(self, dots: Tensor) -> Tensor:
+        """(1, K) of the dots (1, K, K) of all of a tensor, as `merge_tensor` takes them."""
+        raise NotImplementedError
+
+    def merge_tile(
+        self, tensors: Sequence[Tensor], base: Tensor | None, dots: Tensor, out: Tensor
+    ) -> Tensor:
+        """A part of the merged tensor, with the dots (1, K, K) of all of it, written to `out`."""
+        vectors, around = self.vectors(tensors, base, out.dtype)
+        c = self.coefficients(dots).mT.contiguous()
+        return _function("lincomb")(vectors, c, base=around, out=out)
+
 
 @dataclass(frozen=True)
-class Slerp(_Geometric):
+class Slerp(Geometric):
     """Spherical interpolation from the first model (t = 0) to the second (t = 1), or from the base to one model."""
 
     t: float = 0.5
@@ -307,14 +336,20 @@ class Slerp(_Geometric):
     def reads_base(self, count):
         return count == 1
 
-    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+    def vectors(self, tensors, base, out_dtype):
         ends = [base, *tensors] if len(tensors) == 1 else list(tensors)
-        (a, b), _ = _widened(ends, None, out_dtype)
+        return _widened(ends, None, out_dtype)
+
+    def coefficients(self, dots):
+        return _geometry().slerp_coefficients(dots, float(self.t), float(self.colinear))
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        (a, b), _ = self.vectors(tensors, base, out_dtype)
         return _function("slerp")(a, b, self.t, dim=self.dim, colinear=self.colinear)
 
 
 @dataclass(frozen=True)
-class MultiSlerp(_Geometric):
+class MultiSlerp(Geometric):
     """Weighted spherical mean of K models, by default with equal weights, in the tangent space of their mean."""
 
     weights: Numbers | None = None
@@ -326,9 +361,13 @@ class MultiSlerp(_Geometric):
         tensors, _ = _widened(tensors, None, out_dtype)
         return _function("multi_slerp")(tensors, self._mean_weights(len(tensors)))
 
+    def coefficients(self, dots):
+        w = dots.new_tensor(self._mean_weights(dots.shape[-1]))
+        return _geometry().sphere_mean(dots, w, 1, 0.0)
+
 
 @dataclass(frozen=True)
-class Karcher(_Geometric):
+class Karcher(Geometric):
     """Karcher (Fréchet) mean of K models on the sphere, by default with equal weights."""
 
     weights: Numbers | None = None
@@ -340,9 +379,13 @@ class Karcher(_Geometric):
         tensors, _ = _widened(tensors, None, out_dtype)
         return _function("karcher_mean")(tensors, self._mean_weights(len(tensors)))
 
+    def coefficients(self, dots):
+        w, found = dots.new_tensor(self._mean_weights(dots.shape[-1])), _geometry()
+        return found.sphere_mean(dots, w, found.KARCHER_STEPS, found.KARCHER_TOLERANCE)
+
 
 @dataclass(frozen=True)
-class ModelStock(_Geometric):
+class ModelStock(Geometric):
     """Model Stock: the mean of K fine-tuned models drawn towards the base by the angle between them."""
 
     dim: int | None = None
@@ -350,6 +393,9 @@ class ModelStock(_Geometric):
 
     def __post_init__(self):
         _options(self)
+
+    def two_sweeps(self):
+        return False
 
     def scratch(self, count):
         # The sums between its two passes (of 8 MiB at most).
