@@ -14,12 +14,26 @@ import torch
 
 import solera.weights
 from solera import _cli
-from solera.weights import merge, merge_files
+from solera.weights import _plan, _sweeps, merge, merge_files
 from solera.weights._ring import compiled
 from solera.weights._safetensors import read_header, write_file
-from solera.weights.methods import Copy, Dare, FromBase, Linear, Slerp, TaskArithmetic, Ties
+from solera.weights.methods import (
+    Copy,
+    Dare,
+    FromBase,
+    Karcher,
+    Linear,
+    ModelStock,
+    MultiSlerp,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+)
 
 MiB = 1 << 20
+two_sweeps = pytest.mark.skipif(
+    not _sweeps.exact(torch.device("cpu")), reason="two sweeps are for the compiled CPU kernels"
+)
 
 
 @pytest.fixture(params=["compiled", "python"])
@@ -312,8 +326,9 @@ def test_the_budget_decides_the_tiles_or_names_what_is_too_large(tmp_path):
     out = tmp_path / "out.safetensors"
     plan = merge_files(paths, out, Linear(), max_memory="64MiB", dry_run=True)
     assert plan.memory <= 64 * MiB and sum(1 for _ in plan.tiles_of(plan.items[0])) > 4
-    with pytest.raises(ValueError, match=r"max_memory: 'w'.*in one piece"):
-        merge_files(paths[:2], out, Slerp(), max_memory="64MiB", dry_run=True)
+    for method in (Ties(), Slerp(dim=1)):
+        with pytest.raises(ValueError, match=r"max_memory: 'w'.*in one piece"):
+            merge_files(paths[:2], out, method, base=paths[2], max_memory="64MiB", dry_run=True)
     rows = merge_files(paths[:2], out, Slerp(dim=0), max_memory="64MiB", dry_run=True)
     assert all(tile.shape[1:] == (2000,) for tile in rows.tiles_of(rows.items[0]))
     with pytest.raises(ValueError, match="max_memory: 'w'"):
@@ -326,14 +341,14 @@ def test_the_budget_decides_the_tiles_or_names_what_is_too_large(tmp_path):
 MEASURE = """
 import sys, threading, time
 from solera.weights import merge_files
-from solera.weights.methods import Linear, TaskArithmetic
+from solera.weights.methods import Karcher, ModelStock, TaskArithmetic
 import solera.weights._ring
 
 def anonymous():
     with open("/proc/self/status") as file:
         return next(int(l.split()[1]) for l in file if l.startswith("RssAnon")) * 1024
 
-*inputs, base, output, budget = sys.argv[1:]
+*inputs, base, output, budget, method = sys.argv[1:]
 before, peak, done = anonymous(), 0, False
 
 def watch():
@@ -344,7 +359,7 @@ def watch():
 
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-merge_files(inputs, output, TaskArithmetic(0.5), base=base, max_memory=int(budget))
+merge_files(inputs, output, eval(method), base=base, max_memory=int(budget))
 done = True
 thread.join()
 print(max(peak, anonymous()) - before)
@@ -352,45 +367,59 @@ print(max(peak, anonymous()) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells the memory")
-def test_memory_stays_within_the_budget(tmp_path, ring):
-    n, budget = 6_000_000, 72 * MiB
+@pytest.mark.parametrize(
+    "method",
+    [
+        "TaskArithmetic(0.5)",
+        pytest.param("Karcher()", marks=two_sweeps),
+        pytest.param("ModelStock()", marks=two_sweeps),
+    ],
+)
+def test_memory_stays_within_the_budget(tmp_path, ring, method):
+    n, budget = 6_000_000, (72 if method.startswith("Task") else 60) * MiB
     states = [{"w": torch.randn(n), "v": torch.randn(n // 8, 4)} for _ in range(3)]
     paths = saved(tmp_path, states)
     assert sum(p.stat().st_size for p in paths) > 1.4 * budget
     command = [sys.executable, "-c", MEASURE, *map(str, paths), str(tmp_path / "out.safetensors")]
-    done = subprocess.run([*command, str(budget)], capture_output=True, text=True, check=True)
+    command += [str(budget), method]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < budget
 
 
 KILLED = """
 import sys, time
 from solera.weights import merge_files
-from solera.weights.methods import Linear
+from solera.weights.methods import Karcher, Linear
 
 def stop(done, total):
     if done > total // 2:
         print("half", flush=True)
         time.sleep(600)
 
-*inputs, output = sys.argv[1:]
-merge_files(inputs, output, Linear(), max_memory="48MiB", progress=stop)
+*inputs, output, method = sys.argv[1:]
+merge_files(inputs, output, eval(method), max_memory="48MiB", progress=stop)
 """
 
 
-def test_a_killed_run_leaves_no_result_and_can_be_run_again(tmp_path, ring):
+@pytest.mark.parametrize("method", [Linear(), pytest.param(Karcher(), marks=two_sweeps)], ids=str)
+def test_a_killed_run_leaves_no_result_and_can_be_run_again(tmp_path, ring, method):
     states = [{f"w{i}": torch.randn(300_000) for i in range(12)} for _ in range(2)]
+    if (
+        method == Karcher()
+    ):  # half of it is done in the first sweep's last tiles, or the second's first
+        states = [{"w": torch.randn(6_000_000), "v": s["w0"]} for s in states]
     folders = [sharded(tmp_path / str(i), s) for i, s in enumerate(states)]
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, *map(str, folders), str(out)]
+    command = [sys.executable, "-c", KILLED, *map(str, folders), str(out), str(method)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline().strip() == "half"
     with pytest.raises(RuntimeError, match="another process is writing"):
-        merge_files(folders, out, Linear())
+        merge_files(folders, out, method)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not out.exists() and (tmp_path / ".out.part").exists()
-    merge_files(folders, out, Linear())
-    assert_same(load(out), merge(states, Linear()))
+    merge_files(folders, out, method, max_memory="48MiB")
+    assert_same(load(out), merge(states, method))
     assert not (tmp_path / ".out.part").exists()
 
 
@@ -439,6 +468,101 @@ def test_whole_tensors_give_what_merge_gives(tmp_path, ring, method, function):
     out = tmp_path / "out.safetensors"
     merge_files(paths[:2], out, method, base=paths[2], seed=4)
     assert_same(load(out), merge(states, method, base=base, seed=4))
+
+
+F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
+
+
+def tight(monkeypatch):
+    """Budgets that tensors of a test can exceed."""
+    for name, value in (("OVERHEAD", 0), ("_LEAST_RING", 0), ("_LEAST_TILE", 4096)):
+        monkeypatch.setattr(_plan, name, value)
+
+
+@two_sweeps
+@pytest.mark.parametrize(
+    ("method", "models", "base"),
+    [
+        (Slerp(0.3), 2, False),
+        (Slerp(0.3), 1, True),
+        (MultiSlerp([1, 2, 5]), 3, False),
+        (Karcher(), 3, False),
+        (ModelStock(), 3, True),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("dtypes", "out_dtype"),
+    [
+        ((F32, F32, F32, F32), None),
+        ((BF16, BF16, BF16, BF16), None),
+        ((BF16, BF16, BF16, BF16), F16),
+        ((F32, BF16, F16, BF16), BF16),
+        ((F64, F32, BF16, F32), F32),
+        ((F32, F32, F32, F32), F64),
+    ],
+    ids=str,
+)
+def test_two_sweeps_give_the_bits_of_one(
+    tmp_path, ring, monkeypatch, method, models, base, dtypes, out_dtype
+):
+    tight(monkeypatch)
+    common = torch.randn(11 * 16384 + 1234)
+    states = [
+        {
+            "small": torch.randn(7).to(d),
+            "long": (common + torch.randn_like(common)).to(d),
+            "wide": torch.randn(300, 401).to(d),
+            "steps": torch.tensor(3),
+        }
+        for d in dtypes
+    ]
+    paths = saved(tmp_path, states)
+    out = tmp_path / "out.safetensors"
+    around = {"base": states[3]} if base else {}
+    expected = merge(states[:models], method, out_dtype=out_dtype, **around)
+    threads = torch.get_num_threads()
+    try:
+        for budget, count in ((2_400_000 if F64 in dtypes or out_dtype == F64 else 1_000_000, 1),
+                              (3_500_000, 2)):  # fmt: skip
+            torch.set_num_threads(count)
+            seen = []
+            plan = merge_files(
+                paths[:models], out, method, base=paths[3] if base else None, out_dtype=out_dtype,
+                max_memory=budget, overwrite=True, progress=lambda *both: seen.append(both),
+            )  # fmt: skip
+            assert_same(load(out), expected)
+            assert plan.memory <= budget
+            total = plan.bytes_read + plan.bytes_written
+            assert seen[-1] == (total, total) and seen == sorted(seen)
+            if count == 1:
+                twice = [item.name for item in plan.items if item.sweeps == 2]
+                assert "long" in twice and "small" not in twice
+                assert "'long'" in str(plan) and "read twice" in {row[-1] for row in plan.table()}
+                once = sum(s.nbytes for item in plan.items for s in item.inputs)
+                again = sum(s.nbytes for i in plan.items if i.name in twice for s in i.inputs)
+                assert plan.bytes_read == once + again
+    finally:
+        torch.set_num_threads(threads)
+
+
+@two_sweeps
+def test_two_sweeps_over_mapped_and_strided_tensors(tmp_path, ring, monkeypatch):
+    tight(monkeypatch)
+    states = [{"turned": torch.randn(700, 300).t(), "w": torch.randn(400, 500)} for _ in range(2)]
+    paths = [tmp_path / f"{i}.pt" for i in range(2)]
+    for path, state in zip(paths, states):
+        torch.save(state, path)
+    plan = merge_files(paths, tmp_path / "out.safetensors", Slerp(), max_memory=1_000_000)
+    assert [item.sweeps for item in plan.items] == [2, 2]
+    assert_same(load(tmp_path / "out.safetensors"), merge(states, Slerp()))
+
+
+def test_without_the_compiled_kernels_there_is_one_sweep(tmp_path, monkeypatch):
+    paths = saved(tmp_path, [{"w": torch.zeros(3000, 2000)}] * 2)
+    monkeypatch.setattr(_sweeps, "exact", lambda device: False)
+    with pytest.raises(ValueError, match=r"'w'.*in one piece.*compiled kernels and device=\"cpu\""):
+        merge_files(paths, tmp_path / "out", Slerp(), max_memory="64MiB", dry_run=True)
 
 
 @pytest.mark.parametrize(

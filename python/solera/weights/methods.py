@@ -394,8 +394,13 @@ class ModelStock(Geometric):
     def __post_init__(self):
         _options(self)
 
-    def two_sweeps(self):
-        return False
+    def vectors(self, tensors, base, out_dtype):
+        return _widened(tensors, base, out_dtype)
+
+    def merge_tile(self, tensors, base, dots, out):
+        tensors, base = self.vectors(tensors, base, out.dtype)
+        part = importlib.import_module("solera.weights.model_stock").stock_part
+        return part(base, tensors, dots)
 
     def scratch(self, count):
         # The sums between its two passes (of 8 MiB at most).
@@ -407,7 +412,7 @@ class ModelStock(Geometric):
             raise ValueError(f"models: ModelStock takes at least two, got {count}")
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _widened(tensors, base, out_dtype)
+        tensors, base = self.vectors(tensors, base, out_dtype)
         merged, _ = _function("model_stock")(base, tensors, dim=self.dim)
         return merged
 
