@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import assert_same, load, saved, sharded, state, two_sweeps
 
 import solera.weights
 from solera import _cli
-from solera.weights import _plan, _sweeps, merge, merge_files
-from solera.weights._ring import compiled
+from solera.weights import merge, merge_files
 from solera.weights._safetensors import read_header, write_file
 from solera.weights.methods import (
     Copy,
@@ -23,79 +23,12 @@ from solera.weights.methods import (
     FromBase,
     Karcher,
     Linear,
-    ModelStock,
-    MultiSlerp,
     Slerp,
     TaskArithmetic,
     Ties,
 )
 
 MiB = 1 << 20
-two_sweeps = pytest.mark.skipif(
-    not _sweeps.exact(torch.device("cpu")), reason="two sweeps are for the compiled CPU kernels"
-)
-
-
-@pytest.fixture(params=["compiled", "python"])
-def ring(request, monkeypatch):
-    """Both forms of the ring; the compiled one only where it is built."""
-    if request.param == "python":
-        monkeypatch.setenv("SOLERA_IO", "python")
-    elif isinstance(compiled(), str):
-        pytest.skip(f"solera._io: {compiled()}")
-    return request.param
-
-
-def state(scale=1.0, rows=300):
-    return {
-        "embed.weight": scale * torch.randn(rows, 257),
-        "layer.0.weight": scale * torch.randn(64, 33).bfloat16(),
-        "layer.0.bias": scale * torch.randn(64),
-        "layer.1.half": scale * torch.randn(129).half(),
-        "layer.1.wide": scale * torch.randn(5, dtype=torch.float64),
-        "scalar": scale * torch.randn(()),
-        "empty": torch.empty(0, 3),
-        "mask": torch.tensor([True, False, True]),
-        "steps": torch.tensor(7),
-    }
-
-
-def saved(folder, states, names="abcdefgh"):
-    paths = []
-    for name, tensors in zip(names, states):
-        write_file(folder / f"{name}.safetensors", tensors, {})
-        paths.append(folder / f"{name}.safetensors")
-    return paths
-
-
-def sharded(folder, tensors, parts=3, suffix=".safetensors", stem="model"):
-    """A folder as transformers writes it."""
-    folder.mkdir()
-    names, weight_map = list(tensors), {}
-    for i in range(parts):
-        file = f"{stem}-{i + 1:05}-of-{parts:05}{suffix}"
-        part = {name: tensors[name] for name in names[i::parts]}
-        if suffix == ".safetensors":
-            write_file(folder / file, part, {})
-        else:
-            torch.save(part, folder / file)
-        weight_map.update(dict.fromkeys(part, file))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text('{"layers": 2}')
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling/config.json").write_text("{}")
-    return folder
-
-
-def load(path):
-    return merge([path], Copy())
-
-
-def assert_same(found, expected):
-    assert set(found) == set(expected)
-    for name, t in expected.items():
-        assert found[name].dtype == t.dtype and torch.equal(found[name], t), name
 
 
 def test_the_same_as_merge_in_memory(tmp_path, ring):
@@ -468,101 +401,6 @@ def test_whole_tensors_give_what_merge_gives(tmp_path, ring, method, function):
     out = tmp_path / "out.safetensors"
     merge_files(paths[:2], out, method, base=paths[2], seed=4)
     assert_same(load(out), merge(states, method, base=base, seed=4))
-
-
-F64, F32, BF16, F16 = torch.float64, torch.float32, torch.bfloat16, torch.float16
-
-
-def tight(monkeypatch):
-    """Budgets that tensors of a test can exceed."""
-    for name, value in (("OVERHEAD", 0), ("_LEAST_RING", 0), ("_LEAST_TILE", 4096)):
-        monkeypatch.setattr(_plan, name, value)
-
-
-@two_sweeps
-@pytest.mark.parametrize(
-    ("method", "models", "base"),
-    [
-        (Slerp(0.3), 2, False),
-        (Slerp(0.3), 1, True),
-        (MultiSlerp([1, 2, 5]), 3, False),
-        (Karcher(), 3, False),
-        (ModelStock(), 3, True),
-    ],
-    ids=str,
-)
-@pytest.mark.parametrize(
-    ("dtypes", "out_dtype"),
-    [
-        ((F32, F32, F32, F32), None),
-        ((BF16, BF16, BF16, BF16), None),
-        ((BF16, BF16, BF16, BF16), F16),
-        ((F32, BF16, F16, BF16), BF16),
-        ((F64, F32, BF16, F32), F32),
-        ((F32, F32, F32, F32), F64),
-    ],
-    ids=str,
-)
-def test_two_sweeps_give_the_bits_of_one(
-    tmp_path, ring, monkeypatch, method, models, base, dtypes, out_dtype
-):
-    tight(monkeypatch)
-    common = torch.randn(11 * 16384 + 1234)
-    states = [
-        {
-            "small": torch.randn(7).to(d),
-            "long": (common + torch.randn_like(common)).to(d),
-            "wide": torch.randn(300, 401).to(d),
-            "steps": torch.tensor(3),
-        }
-        for d in dtypes
-    ]
-    paths = saved(tmp_path, states)
-    out = tmp_path / "out.safetensors"
-    around = {"base": states[3]} if base else {}
-    expected = merge(states[:models], method, out_dtype=out_dtype, **around)
-    threads = torch.get_num_threads()
-    try:
-        for budget, count in ((2_400_000 if F64 in dtypes or out_dtype == F64 else 1_000_000, 1),
-                              (3_500_000, 2)):  # fmt: skip
-            torch.set_num_threads(count)
-            seen = []
-            plan = merge_files(
-                paths[:models], out, method, base=paths[3] if base else None, out_dtype=out_dtype,
-                max_memory=budget, overwrite=True, progress=lambda *both: seen.append(both),
-            )  # fmt: skip
-            assert_same(load(out), expected)
-            assert plan.memory <= budget
-            total = plan.bytes_read + plan.bytes_written
-            assert seen[-1] == (total, total) and seen == sorted(seen)
-            if count == 1:
-                twice = [item.name for item in plan.items if item.sweeps == 2]
-                assert "long" in twice and "small" not in twice
-                assert "'long'" in str(plan) and "read twice" in {row[-1] for row in plan.table()}
-                once = sum(s.nbytes for item in plan.items for s in item.inputs)
-                again = sum(s.nbytes for i in plan.items if i.name in twice for s in i.inputs)
-                assert plan.bytes_read == once + again
-    finally:
-        torch.set_num_threads(threads)
-
-
-@two_sweeps
-def test_two_sweeps_over_mapped_and_strided_tensors(tmp_path, ring, monkeypatch):
-    tight(monkeypatch)
-    states = [{"turned": torch.randn(700, 300).t(), "w": torch.randn(400, 500)} for _ in range(2)]
-    paths = [tmp_path / f"{i}.pt" for i in range(2)]
-    for path, state in zip(paths, states):
-        torch.save(state, path)
-    plan = merge_files(paths, tmp_path / "out.safetensors", Slerp(), max_memory=1_000_000)
-    assert [item.sweeps for item in plan.items] == [2, 2]
-    assert_same(load(tmp_path / "out.safetensors"), merge(states, Slerp()))
-
-
-def test_without_the_compiled_kernels_there_is_one_sweep(tmp_path, monkeypatch):
-    paths = saved(tmp_path, [{"w": torch.zeros(3000, 2000)}] * 2)
-    monkeypatch.setattr(_sweeps, "exact", lambda device: False)
-    with pytest.raises(ValueError, match=r"'w'.*in one piece.*compiled kernels and device=\"cpu\""):
-        merge_files(paths, tmp_path / "out", Slerp(), max_memory="64MiB", dry_run=True)
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import torch
 from .._check import FLOATS
 from . import _safetensors
 from ._checkpoint import INDEX, Checkpoint, Located
+from ._method import Method, Tiling
 from ._ring import PAGE, up
 from ._rules import Rule, chosen, unused
 from ._sweeps import CHUNK
-from .methods import Copy, FromBase, Method, Same, Tiling
+from .methods import Copy, FromBase, Same
 
 MiB = 1 << 20
 # What a run holds besides the ring and a method's temporaries: stacks and heaps of threads, plan, headers.
