@@ -1095,15 +1095,16 @@ def _(dgram, tensors, base, by_row, need_tensors):
 
 # ---- weights.model_stock -----------------------------------------------------------------------------
 
-# Arguments and dots are gram's; merged in the dtype of what goes in, promoted.
+# Arguments and dots are gram's; merged in the dtype of what goes in, promoted. With dots given (of rows that the
+# tensors are a part of) none are taken, and `gram` is a copy of them.
 
 
 @op(
     "weights.model_stock",
-    "model_stock(Tensor[] tensors, Tensor[] base, int models, bool by_row)"
+    "model_stock(Tensor[] tensors, Tensor[] base, int models, bool by_row, Tensor? dots=None)"
     " -> (Tensor[] merged, Tensor gram)",
 )
-def _(tensors, base, models, by_row):
+def _(tensors, base, models, by_row, dots=None):
     length = len(tensors) // models
     like = tensors[:length]
     rows = sum([t.shape[0] for t in like]) if by_row else length

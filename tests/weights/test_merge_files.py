@@ -11,77 +11,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from checkpoint_files import assert_same, load, saved, sharded, state, two_sweeps
 
 import solera.weights
 from solera import _cli
 from solera.weights import merge, merge_files
-from solera.weights._ring import compiled
 from solera.weights._safetensors import read_header, write_file
-from solera.weights.methods import Copy, Dare, FromBase, Linear, Slerp, TaskArithmetic, Ties
+from solera.weights.methods import (
+    Copy,
+    Dare,
+    FromBase,
+    Karcher,
+    Linear,
+    Slerp,
+    TaskArithmetic,
+    Ties,
+)
 
 MiB = 1 << 20
-
-
-@pytest.fixture(params=["compiled", "python"])
-def ring(request, monkeypatch):
-    """Both forms of the ring; the compiled one only where it is built."""
-    if request.param == "python":
-        monkeypatch.setenv("SOLERA_IO", "python")
-    elif isinstance(compiled(), str):
-        pytest.skip(f"solera._io: {compiled()}")
-    return request.param
-
-
-def state(scale=1.0, rows=300):
-    return {
-        "embed.weight": scale * torch.randn(rows, 257),
-        "layer.0.weight": scale * torch.randn(64, 33).bfloat16(),
-        "layer.0.bias": scale * torch.randn(64),
-        "layer.1.half": scale * torch.randn(129).half(),
-        "layer.1.wide": scale * torch.randn(5, dtype=torch.float64),
-        "scalar": scale * torch.randn(()),
-        "empty": torch.empty(0, 3),
-        "mask": torch.tensor([True, False, True]),
-        "steps": torch.tensor(7),
-    }
-
-
-def saved(folder, states, names="abcdefgh"):
-    paths = []
-    for name, tensors in zip(names, states):
-        write_file(folder / f"{name}.safetensors", tensors, {})
-        paths.append(folder / f"{name}.safetensors")
-    return paths
-
-
-def sharded(folder, tensors, parts=3, suffix=".safetensors", stem="model"):
-    """A folder as transformers writes it."""
-    folder.mkdir()
-    names, weight_map = list(tensors), {}
-    for i in range(parts):
-        file = f"{stem}-{i + 1:05}-of-{parts:05}{suffix}"
-        part = {name: tensors[name] for name in names[i::parts]}
-        if suffix == ".safetensors":
-            write_file(folder / file, part, {})
-        else:
-            torch.save(part, folder / file)
-        weight_map.update(dict.fromkeys(part, file))
-    index = {"metadata": {}, "weight_map": weight_map}
-    (folder / f"{stem}{suffix}.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text('{"layers": 2}')
-    (folder / "1_Pooling").mkdir()
-    (folder / "1_Pooling/config.json").write_text("{}")
-    return folder
-
-
-def load(path):
-    return merge([path], Copy())
-
-
-def assert_same(found, expected):
-    assert set(found) == set(expected)
-    for name, t in expected.items():
-        assert found[name].dtype == t.dtype and torch.equal(found[name], t), name
 
 
 def test_the_same_as_merge_in_memory(tmp_path, ring):
@@ -312,8 +259,9 @@ def test_the_budget_decides_the_tiles_or_names_what_is_too_large(tmp_path):
     out = tmp_path / "out.safetensors"
     plan = merge_files(paths, out, Linear(), max_memory="64MiB", dry_run=True)
     assert plan.memory <= 64 * MiB and sum(1 for _ in plan.tiles_of(plan.items[0])) > 4
-    with pytest.raises(ValueError, match=r"max_memory: 'w'.*in one piece"):
-        merge_files(paths[:2], out, Slerp(), max_memory="64MiB", dry_run=True)
+    for method in (Ties(), Slerp(dim=1)):
+        with pytest.raises(ValueError, match=r"max_memory: 'w'.*in one piece"):
+            merge_files(paths[:2], out, method, base=paths[2], max_memory="64MiB", dry_run=True)
     rows = merge_files(paths[:2], out, Slerp(dim=0), max_memory="64MiB", dry_run=True)
     assert all(tile.shape[1:] == (2000,) for tile in rows.tiles_of(rows.items[0]))
     with pytest.raises(ValueError, match="max_memory: 'w'"):
@@ -326,14 +274,14 @@ def test_the_budget_decides_the_tiles_or_names_what_is_too_large(tmp_path):
 MEASURE = """
 import sys, threading, time
 from solera.weights import merge_files
-from solera.weights.methods import Linear, TaskArithmetic
+from solera.weights.methods import Karcher, ModelStock, TaskArithmetic
 import solera.weights._ring
 
 def anonymous():
     with open("/proc/self/status") as file:
         return next(int(l.split()[1]) for l in file if l.startswith("RssAnon")) * 1024
 
-*inputs, base, output, budget = sys.argv[1:]
+*inputs, base, output, budget, method = sys.argv[1:]
 before, peak, done = anonymous(), 0, False
 
 def watch():
@@ -344,7 +292,7 @@ def watch():
 
 thread = threading.Thread(target=watch, daemon=True)
 thread.start()
-merge_files(inputs, output, TaskArithmetic(0.5), base=base, max_memory=int(budget))
+merge_files(inputs, output, eval(method), base=base, max_memory=int(budget))
 done = True
 thread.join()
 print(max(peak, anonymous()) - before)
@@ -352,45 +300,59 @@ print(max(peak, anonymous()) - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="/proc tells the memory")
-def test_memory_stays_within_the_budget(tmp_path, ring):
-    n, budget = 6_000_000, 72 * MiB
+@pytest.mark.parametrize(
+    "method",
+    [
+        "TaskArithmetic(0.5)",
+        pytest.param("Karcher()", marks=two_sweeps),
+        pytest.param("ModelStock()", marks=two_sweeps),
+    ],
+)
+def test_memory_stays_within_the_budget(tmp_path, ring, method):
+    n, budget = 6_000_000, (72 if method.startswith("Task") else 60) * MiB
     states = [{"w": torch.randn(n), "v": torch.randn(n // 8, 4)} for _ in range(3)]
     paths = saved(tmp_path, states)
     assert sum(p.stat().st_size for p in paths) > 1.4 * budget
     command = [sys.executable, "-c", MEASURE, *map(str, paths), str(tmp_path / "out.safetensors")]
-    done = subprocess.run([*command, str(budget)], capture_output=True, text=True, check=True)
+    command += [str(budget), method]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert int(done.stdout) < budget
 
 
 KILLED = """
 import sys, time
 from solera.weights import merge_files
-from solera.weights.methods import Linear
+from solera.weights.methods import Karcher, Linear
 
 def stop(done, total):
     if done > total // 2:
         print("half", flush=True)
         time.sleep(600)
 
-*inputs, output = sys.argv[1:]
-merge_files(inputs, output, Linear(), max_memory="48MiB", progress=stop)
+*inputs, output, method = sys.argv[1:]
+merge_files(inputs, output, eval(method), max_memory="48MiB", progress=stop)
 """
 
 
-def test_a_killed_run_leaves_no_result_and_can_be_run_again(tmp_path, ring):
+@pytest.mark.parametrize("method", [Linear(), pytest.param(Karcher(), marks=two_sweeps)], ids=str)
+def test_a_killed_run_leaves_no_result_and_can_be_run_again(tmp_path, ring, method):
     states = [{f"w{i}": torch.randn(300_000) for i in range(12)} for _ in range(2)]
+    if (
+        method == Karcher()
+    ):  # half of it is done in the first sweep's last tiles, or the second's first
+        states = [{"w": torch.randn(6_000_000), "v": s["w0"]} for s in states]
     folders = [sharded(tmp_path / str(i), s) for i, s in enumerate(states)]
     out = tmp_path / "out"
-    command = [sys.executable, "-c", KILLED, *map(str, folders), str(out)]
+    command = [sys.executable, "-c", KILLED, *map(str, folders), str(out), str(method)]
     run = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert run.stdout.readline().strip() == "half"
     with pytest.raises(RuntimeError, match="another process is writing"):
-        merge_files(folders, out, Linear())
+        merge_files(folders, out, method)
     run.send_signal(signal.SIGKILL)
     run.wait()
     assert not out.exists() and (tmp_path / ".out.part").exists()
-    merge_files(folders, out, Linear())
-    assert_same(load(out), merge(states, Linear()))
+    merge_files(folders, out, method, max_memory="48MiB")
+    assert_same(load(out), merge(states, method))
     assert not (tmp_path / ".out.part").exists()
 
 

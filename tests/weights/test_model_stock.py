@@ -98,6 +98,22 @@ def test_same_bits_for_any_thread_count_list_and_graph():
     assert torch.equal(merged, again) and torch.equal(ratios, again_ratios)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_parts_with_the_dots_of_the_whole(dtype):
+    base = randn(3, 2741, dtype=dtype)
+    models = near(base, 3)
+    for by_row in (False, True):
+        (merged,), dots = ops.model_stock(models, [base], 3, by_row)
+        for begin, end in ((0, 1000), (1000, 2741)):
+            part = [t[:, begin:end] for t in models]
+            (found,), same = ops.model_stock(part, [base[:, begin:end]], 3, by_row, dots)
+            assert torch.equal(same, dots) and same.data_ptr() != dots.data_ptr()
+            assert torch.equal(found, merged[:, begin:end])
+    for wrong in (dots[:2], dots.float(), dots[:, :2, :2]):
+        with pytest.raises(RuntimeError, match="model_stock: expected 3 float64 matrices"):
+            ops.model_stock(models, [base], 3, True, wrong)
+
+
 def test_extreme_values():
     nan = float("nan")
     base = torch.zeros(70, device=DEVICE)
@@ -121,6 +137,8 @@ def test_opcheck():
     for by_row in (False, True):
         args = [a, small, b, small * 2], [c, small], 2, by_row
         torch.library.opcheck(ops.model_stock.default, args)
+        _, dots = ops.model_stock(*args)
+        torch.library.opcheck(ops.model_stock.default, [*args, dots])
 
 
 def compiled_matches(backend):

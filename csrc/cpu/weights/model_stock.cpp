@@ -6,7 +6,8 @@
 // and the base. Tensors (or rows) go in groups whose sums stay in the last-level cache, so that
 // what moves is K + 1 streams read and 1 written: as many as one pass would. Of a larger tensor the
 // sums lie in its result until then (K + 5 streams), or, where that is half precision, are formed
-// again (2K + 3). All three give the same bits.
+// again (2K + 3). All three give the same bits. With the dots given, as for a part of a tensor that
+// does not fit in memory, there is only the second pass, which forms the sums.
 #include "gram_kernels.h"
 
 #ifdef SOLERA_FRONT
@@ -55,23 +56,29 @@ class Stock {
                                        kLine * kLine);
   }
 
-  void run() {
+  // known: the dots of the rows that these are a part of, or null.
+  void run(const double* known) {
     std::vector<double> partial, factors;
+    known_ = known != nullptr;
+    if (known_) memcpy(matrices_, known, size_t(lists_.rows.total()) * square() * sizeof(double));
     for (int64_t first = 0; first < lists_.rows.total(); first += int64_t(places_.size())) {
       gather(first);
       const int64_t last = first + int64_t(places_.size()), K = lists_.models;
       const int64_t pairs = K * (K + 1) / 2, begin = chunks_.first(first);
-      partial.resize(size_t((chunks_.first(last) - begin) * pairs));
-      each_chunk(first, last, [&](const Place& at, int64_t count, int64_t chunk) {
-        table_.forward[wide(at.tensor)](lists_.item(at.tensor), at.start, count,
-                                        &partial[(chunk - begin) * pairs], at.sums,
-                                        streaming_ && !cached_, gram_scratch(K));
-      });
+      if (!known_) {
+        partial.resize(size_t((chunks_.first(last) - begin) * pairs));
+        each_chunk(first, last, [&](const Place& at, int64_t count, int64_t chunk) {
+          table_.forward[wide(at.tensor)](lists_.item(at.tensor), at.start, count,
+                                          &partial[(chunk - begin) * pairs], at.sums,
+                                          streaming_ && !cached_, gram_scratch(K));
+        });
+      }
       factors.clear();
       for (int64_t row = first; row < last; ++row) {
-        double* to = matrices_ + row * K * K;
-        sum_chunks(partial.data(), chunks_.first(row) - begin, chunks_.first(row + 1) - begin, K,
-                   to);
+        double* to = matrices_ + row * square();
+        if (!known_)
+          sum_chunks(partial.data(), chunks_.first(row) - begin, chunks_.first(row + 1) - begin, K,
+                     to);
         factors.push_back(stock_ratio(to, K) / double(K));
       }
       each_chunk(first, last, [&](const Place& at, int64_t count, int64_t) {
@@ -89,7 +96,7 @@ class Stock {
   const GramTable& table_;
   double* matrices_;
   std::vector<WeightOutput> outputs_;
-  bool streaming_, cached_;
+  bool streaming_, cached_, known_ = false;
   int64_t grain_;
   std::unique_ptr<char[]> kept_;
   char* aligned_;
@@ -100,6 +107,7 @@ class Stock {
     void* sums;
   };
 
+  int64_t square() const { return lists_.models * lists_.models; }
   int wide(int64_t l) const { return outputs_[l].dtype == kFloat64; }
   int64_t room(int64_t l) const {
     return (lists_.rows.length(l) * (wide(l) ? 8 : 4) + kLine - 1) / kLine * kLine;
@@ -122,6 +130,7 @@ class Stock {
   // formed again.
   void* sums_at(int64_t row, int64_t first, int64_t l, int64_t offset, int64_t start) const {
     const int64_t size = wide(l) ? 8 : 4;
+    if (known_) return nullptr;
     if (cached_) return aligned_ + places_[row - first] + offset * size;
     const WeightOutput& out = outputs_[l];
     const bool holds = out.dtype == kFloat64 || out.dtype == kFloat32;
@@ -146,7 +155,7 @@ class Stock {
 
 std::tuple<std::vector<Tensor>, Tensor> model_stock(const std::vector<Tensor>& tensors,
                                                     const std::vector<Tensor>& base, int64_t models,
-                                                    bool by_row) {
+                                                    bool by_row, OptTensor dots) {
   const GramLists lists(tensors, models, base, by_row);
   STD_TORCH_CHECK(models > 1 && !base.empty(), "model_stock: expected two models and a base");
   const Tensor gram = empty_like(
@@ -154,7 +163,16 @@ std::tuple<std::vector<Tensor>, Tensor> model_stock(const std::vector<Tensor>& t
   std::vector<Tensor> out;
   for (int64_t l = 0; l < lists.length; ++l)
     out.push_back(empty_like(tensors[l], sizes_of(tensors[l]), scalar_type_of(lists.promoted(l))));
-  Stock(lists, out, static_cast<double*>(gram.mutable_data_ptr())).run();
+  OptTensor known;
+  if (dots.has_value()) {
+    STD_TORCH_CHECK(dots->scalar_type() == ScalarType::Double && dots->dim() == 3 &&
+                        dots->size(0) == lists.rows.total() && dots->size(1) == models &&
+                        dots->size(2) == models,
+                    "model_stock: expected ", lists.rows.total(), " float64 matrices of dots");
+    known = dense(*dots);
+  }
+  Stock(lists, out, static_cast<double*>(gram.mutable_data_ptr()))
+      .run(known.has_value() ? static_cast<const double*>(known->const_data_ptr()) : nullptr);
   return {out, gram};
 }
 

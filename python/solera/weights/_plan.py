@@ -6,7 +6,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +14,11 @@ import torch
 from .._check import FLOATS
 from . import _safetensors
 from ._checkpoint import INDEX, Checkpoint, Located
+from ._method import Method, Tiling
 from ._ring import PAGE, up
 from ._rules import Rule, chosen, unused
-from .methods import Copy, FromBase, Method, Same, Tiling
+from ._sweeps import CHUNK
+from .methods import Copy, FromBase, Same
 
 MiB = 1 << 20
 # What a run holds besides the ring and a method's temporaries: stacks and heaps of threads, plan, headers.
@@ -66,6 +68,7 @@ class Item:
     sources: tuple[Located, ...]
     base: Located | None
     note: str = ""
+    sweeps: int = 1  # how often the inputs are read
 
     @property
     def elements(self) -> int:
@@ -81,7 +84,7 @@ class Item:
 
     @property
     def tiling(self) -> Tiling:
-        return self.method.tiling(self.shape)
+        return self.method.tiling(self.shape) if self.sweeps == 1 else "elements"
 
     @property
     def row(self) -> int:
@@ -89,6 +92,11 @@ class Item:
         if self.tiling == "elements":
             return 1
         return math.prod(self.shape[1:]) if self.tiling == "rows" else self.elements
+
+    @property
+    def grain(self) -> int:
+        """Elements that every tile has a multiple of, but for the last: a row, or a chunk of the dots."""
+        return self.row if self.sweeps == 1 else CHUNK
 
     @property
     def widest(self) -> int:
@@ -106,11 +114,13 @@ class Item:
             return 0
         wide = 8 if torch.float64 in {self.dtype, *(i.dtype for i in self.inputs)} else 4
         own = self.method.scratch(len(self.sources))
-        if (
-            self.tiling != "elements"
-        ):  # the result before it is in place, and inputs in a wider dtype
+        if self.tiling != "elements" or self.sweeps > 1:
+            # The result before it is in place, and inputs in a wider dtype.
             own += 1 + (len(self.inputs) if any(i.dtype != self.dtype for i in self.inputs) else 0)
-        return int(elements * wide * own)
+        chunks = (
+            0 if self.sweeps == 1 else -(-elements // CHUNK)
+        )  # their dots, as sums and as matrices
+        return int(elements * wide * own) + chunks * 16 * len(self.inputs) ** 2
 
 
 @dataclass(frozen=True)
@@ -120,6 +130,7 @@ class Tile:
     item: Item
     begin: int
     count: int
+    dots: bool = False  # only read, for the dots of all of the item
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -145,20 +156,27 @@ class Plan:
     memory: int = 0  # the most the run is to hold above what the process held
     notes: list[str] = field(default_factory=list)
     compiled: bool = False
+    two_sweeps: bool = True  # whether the dots of a tensor may be taken tile by tile
 
     @property
     def bytes_read(self) -> int:
-        return sum(source.nbytes for item in self.items for source in item.inputs)
+        return sum(item.sweeps * source.nbytes for item in self.items for source in item.inputs)
 
     @property
     def bytes_written(self) -> int:
         return sum(item.nbytes for item in self.items)
 
     def tiles_of(self, item: Item, offset: int = 0) -> Iterator[Tile]:
-        """The item in tiles that fit the ring, cut on pages of the file it goes to (from `offset` on)."""
+        """The item in tiles that fit the ring, cut on pages of the file it goes to (from `offset` on).
+
+        Of an item that is read twice first those that are read for its dots, cut on chunks.
+        """
         if item.elements == 0:
             return
         most = self._tile(item)
+        if item.sweeps > 1:
+            for begin in range(0, item.elements, most):
+                yield Tile(item, begin, min(most, item.elements - begin), True)
         begin = 0
         while begin < item.elements:
             end = min(begin + most, item.elements)
@@ -170,34 +188,34 @@ class Plan:
 
     def _tile(self, item: Item) -> int:
         """Elements of a tile: a quarter of the ring, so that reading, arithmetic and writing overlap."""
-        row = item.row
-        if row == item.elements:
-            return row
+        row = item.grain
+        if row >= item.elements:
+            return item.elements
         element = sum(i.dtype.itemsize for i in item.inputs) + item.dtype.itemsize
         widest = item.widest
         most = min(self.ring // 4 // element, _TILE // widest)
         return max(row, most // row * row, min(item.elements, _LEAST_TILE // widest // row * row))
 
     def settle_memory(self) -> None:
-        """The ring and the tiles within the budget, or an error naming the tensor that needs more."""
-        floor = {}  # what each item takes at least
-        for item in self.items:
-            rows = _LEAST_TILE // item.widest // max(item.row, 1)
-            least = min(item.elements, max(1, rows) * item.row)
-            floor[item.name] = (item.room(least), item.scratch(least))
-        room = max((r for r, _ in floor.values()), default=0)
-        scratch = max((s for _, s in floor.values()), default=0)
-        needed = OVERHEAD + max(room, _LEAST_RING) + scratch
-        if needed > self.budget:
-            largest = max(self.items, key=lambda item: sum(floor[item.name]))
-            whole = (
-                "" if largest.row < largest.elements or largest.elements <= 1 else " in one piece"
-            )
-            raise ValueError(
-                f"max_memory: {largest.name!r} {largest.shape} with {largest.spelled!r} is merged{whole}; this "
-                f"needs {spelled_size(needed)}, the budget is {spelled_size(self.budget)} (give a larger one, or "
-                "the tensor a rule with an elementwise method)"
-            )
+        """The ring and the tiles within the budget, or an error naming the tensor that needs more.
+
+        Tensors that do not fit in one piece are read twice, the largest first, where their method allows it.
+        """
+        floor = {item.name: _floor(item) for item in self.items}  # what each item takes at least
+        places = {item.name: i for i, item in enumerate(self.items)}
+        pieces = [item for item in self.items if self._may_sweep(item)]
+        pieces.sort(key=lambda item: sum(floor[item.name]))
+        while True:
+            room = max((r for r, _ in floor.values()), default=0)
+            scratch = max((s for _, s in floor.values()), default=0)
+            needed = OVERHEAD + max(up(room), _LEAST_RING) + scratch
+            if needed <= self.budget:
+                break
+            if not pieces:
+                raise ValueError(self._too_large(floor, needed))
+            item = replace(pieces.pop(), sweeps=2, note="read twice")
+            self.items[places[item.name]] = item
+            floor[item.name] = _floor(item)
         # Room for two of the largest, if there is any: one is read while the other is merged.
         self.ring = up(min(max(2 * room, _MOST_RING), self.budget - OVERHEAD - scratch))
         total = sum(item.room(item.elements) for item in self.items)
@@ -208,6 +226,27 @@ class Plan:
             self.ring = max(up(room), _LEAST_RING, up(self.ring // 2))
             scratch = max((item.scratch(self._tile(item)) for item in self.items), default=0)
         self.memory = OVERHEAD + self.ring + scratch
+
+    def _may_sweep(self, item: Item) -> bool:
+        return (
+            self.two_sweeps
+            and item.method.two_sweeps()
+            and item.tiling == "whole"
+            and item.elements > CHUNK
+        )
+
+    def _too_large(self, floor: Mapping[str, tuple[int, int]], needed: int) -> str:
+        largest = max(self.items, key=lambda item: sum(floor[item.name]))
+        whole = "" if largest.row < largest.elements or largest.elements <= 1 else " in one piece"
+        ways = "give a larger one, or the tensor a rule with an elementwise method"
+        if whole and largest.method.two_sweeps() and not self.two_sweeps:
+            ways += '; in two sweeps over tiles only with the compiled kernels and device="cpu"'
+        elif whole and getattr(largest.method, "dim", None) is not None:
+            ways += "; with dim=None it is read twice, tile by tile, instead"
+        return (
+            f"max_memory: {largest.name!r} {largest.shape} with {largest.spelled!r} is merged{whole}; this "
+            f"needs {spelled_size(needed)}, the budget is {spelled_size(self.budget)} ({ways})"
+        )
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
@@ -234,6 +273,12 @@ class Plan:
             f"memory   {spelled_size(self.memory)} at most (ring {spelled_size(self.ring)}) of a budget of "
             f"{spelled_size(self.budget)}"
         )
+        twice = [item.name for item in self.items if item.sweeps > 1]
+        if twice:
+            out.append(
+                _listed("sweeps   two, for the dots and for the result, over", twice)
+                + ": more than fits in one piece"
+            )
         out.append(f"files    {'threads in C++' if self.compiled else 'threads in Python'}")
         out += [f"note     {text}" for text in self.notes]
         return out
@@ -250,6 +295,13 @@ class Plan:
             )
             for i in self.items
         ]
+
+
+def _floor(item: Item) -> tuple[int, int]:
+    """(bytes of the ring, bytes beside it) of an item's smallest tile."""
+    grain = max(item.grain, 1)
+    least = min(item.elements, max(1, _LEAST_TILE // item.widest // grain) * grain)
+    return item.room(least), item.scratch(least)
 
 
 # ---- which tensors, from where -----------------------------------------------------------------------

@@ -15,6 +15,8 @@ from ._checkpoint import Located
 from ._plan import Plan, Tile
 from ._ring import PAGE, Arena, OpenFile, down, make_ring, up
 from ._safetensors import Stored
+from ._sweeps import add_dots
+from .methods import Geometric
 
 WRITERS = 2
 
@@ -49,6 +51,7 @@ class Stream:
         self.sources: dict[Path, OpenFile] = {}
         self.tickets = itertools.count()
         self.threads = torch.get_num_threads()
+        self.dots: Tensor | None = None  # of the item in its two sweeps
 
     def __enter__(self) -> Stream:
         return self
@@ -81,7 +84,7 @@ class Stream:
                 self._finish(writing.popleft(), done)
             else:
                 break
-            while writing and self.ring.written(writing[0].ticket):
+            while writing and self._written(writing[0]):
                 self._finish(writing.popleft(), done)
 
     def _tiles(self) -> Iterator[Tile]:
@@ -143,14 +146,24 @@ class Stream:
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
         split = len(item.sources)
-        result = item.method.merge_tensor(
-            item.name,
-            inputs[:split],
-            inputs[split] if item.base is not None else None,
-            seed=self.seed,
-            out_dtype=item.dtype,
-            out=out if self.device.type == "cpu" else None,
-        )
+        models, base = inputs[:split], inputs[split] if item.base is not None else None
+        if tile.dots:
+            assert isinstance(item.method, Geometric)
+            total = None if tile.begin == 0 else self.dots
+            self.dots = add_dots(total, *item.method.vectors(models, base, item.dtype))
+            return
+        if item.sweeps > 1:
+            assert isinstance(item.method, Geometric) and self.dots is not None
+            result = item.method.merge_tile(models, base, self.dots, out)
+        else:
+            result = item.method.merge_tensor(
+                item.name,
+                models,
+                base,
+                seed=self.seed,
+                out_dtype=item.dtype,
+                out=out if self.device.type == "cpu" else None,
+            )
         if result is not out:
             out.copy_(result)
         file, stored = self.targets[item.name]
@@ -160,12 +173,16 @@ class Stream:
             tile.count * size, running.out.place,
         )  # fmt: skip
 
+    def _written(self, running: _Running) -> bool:
+        return running.tile.dots or self.ring.written(running.ticket)
+
     def _finish(self, running: _Running, done: Callable[[int], None]) -> None:
-        self.ring.wait_write(running.ticket)
+        tile = running.tile
+        if not tile.dots:
+            self.ring.wait_write(running.ticket)
         self.arena.give(running.begin)
-        item = running.tile.item
-        sizes = [source.dtype.itemsize for source in item.inputs]
-        done(running.tile.count * (sum(sizes) + item.dtype.itemsize))
+        read = sum(source.dtype.itemsize for source in tile.item.inputs)
+        done(tile.count * (read if tile.dots else read + tile.item.dtype.itemsize))
 
 
 def _load(source: Located, tile: Tile, into: Tensor) -> None:

@@ -18,6 +18,9 @@ from .. import _check
 from ._span import Span, unit_gram
 from .lincomb import Weights
 
+KARCHER_STEPS = 10
+KARCHER_TOLERANCE = 1e-5  # radians
+
 
 def slerp(
     a: Weights,
@@ -58,15 +61,19 @@ def slerp(
     except (TypeError, ValueError) as error:
         text = str(error).replace("tensors[0]", "a").replace("tensors[1]", "b")
         raise type(error)(text) from None
-    t = span.per_row("t", t)
-    cosines, _, alive = unit_gram(span.gram)
+    return span.combine(slerp_coefficients(span.gram, span.per_row("t", t), colinear))
+
+
+def slerp_coefficients(gram: Tensor, t: Any, colinear: float) -> Tensor:
+    """Coefficients (R, 2) of dots (R, 2, 2); t is a number, or one for each row."""
+    cosines, _, alive = unit_gram(gram)
     cos = cosines[:, 0, 1]
     straight = (cos.abs() > colinear) | (cos.abs() >= 1) | ~alive.all(1)
     cos = torch.where(straight, 0, cos)
     angle, sine = torch.acos(cos), (1 - cos.square()).sqrt()
     first = torch.where(straight, 1 - t, torch.sin((1 - t) * angle) / sine)
     second = torch.where(straight, t, torch.sin(t * angle) / sine)
-    return span.combine(torch.stack([first, second], 1))
+    return torch.stack([first, second], 1)
 
 
 def _weights(name: str, value: Any, count: int, like: Tensor) -> Tensor:
@@ -106,7 +113,7 @@ def _length(cosines: Tensor, a: Tensor) -> Tensor:
     return square.clamp_min(1e-30).sqrt()
 
 
-def _sphere_mean(gram: Tensor, w: Tensor, iterations: int, tolerance: float) -> Tensor:
+def sphere_mean(gram: Tensor, w: Tensor, iterations: int, tolerance: float) -> Tensor:
     """Coefficients (R, K) of the mean of the directions, times the mean of the norms."""
     cosines, norms, alive = unit_gram(gram)
     w = w / w.sum()
@@ -165,7 +172,7 @@ def multi_slerp(
     """
     span = Span(tensors, base, dim)
     w = _weights("weights", weights, len(tensors), span.gram)
-    return span.combine(_sphere_mean(span.gram, w, 1, 0.0))
+    return span.combine(sphere_mean(span.gram, w, 1, 0.0))
 
 
 def karcher_mean(
@@ -174,8 +181,8 @@ def karcher_mean(
     *,
     base: Weights | None = None,
     dim: int | None = None,
-    max_iterations: int = 10,
-    tolerance: float = 1e-5,
+    max_iterations: int = KARCHER_STEPS,
+    tolerance: float = KARCHER_TOLERANCE,
 ) -> Any:
     r"""The weighted mean on the sphere (minimum of $\sum_k w_k\,\theta_k^2$), times the weighted mean of the norms.
 
@@ -202,4 +209,4 @@ def karcher_mean(
     if weights is None:
         weights = span.gram.new_ones(len(tensors))
     w = _weights("weights", weights, len(tensors), span.gram)
-    return span.combine(_sphere_mean(span.gram, w, max_iterations, tolerance))
+    return span.combine(sphere_mean(span.gram, w, max_iterations, tolerance))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from .._check import FLOATS
-from . import _plan
+from . import _plan, _sweeps
 from ._checkpoint import Checkpoint, Path_, open_checkpoint
 from ._plan import Plan
 from ._progress import Callback, progress_bar
@@ -64,8 +64,9 @@ def merge_files(
             made of. Sums are taken in float32 (float64 where a dtype is float64) and rounded once.
         seed: of random methods. A mask depends on the seed, the tensor's name and the model's place in `inputs`.
         max_memory: bytes, or text such as "512MB", "4GiB": the most anonymous memory above what the process
-            holds already. Tensors merged elementwise pass in tiles; others (TIES, slerp) need room for all of
-            one tensor in every model.
+            holds already. Tensors merged elementwise pass in tiles. Others need room for all of one tensor in
+            every model; where there is none, Slerp, MultiSlerp, Karcher and ModelStock (dim=None, on the CPU
+            with the compiled kernels) read it twice, tile by tile, for the same bits.
         readers: threads that read.
         device: where the arithmetic runs.
         overwrite: replace an output that exists.
@@ -107,6 +108,7 @@ def merge_files(
         checked_dtype(out_dtype),
         seed,
         max_memory,
+        _sweeps.exact(where),
     )
     _refuse_self(plan, target)
     if dry_run:
@@ -162,7 +164,7 @@ def checked_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def _make_plan(
-    models, labels, around, target, method, rules, strict, out_dtype, seed, max_memory
+    models, labels, around, target, method, rules, strict, out_dtype, seed, max_memory, two_sweeps
 ) -> tuple[Plan, str]:
     from .. import __version__
 
@@ -196,6 +198,7 @@ def _make_plan(
         budget=_plan.size_in_bytes(max_memory),
         notes=notes,
         compiled=not isinstance(compiled(), str),
+        two_sweeps=two_sweeps,
     )
     plan.settle_memory()
     return plan, index_name

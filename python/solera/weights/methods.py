@@ -13,23 +13,14 @@ from __future__ import annotations
 import importlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from .. import _check
 from .._registry import compiled_library
-from .consensus import DIVISORS, VOTES
-
-Tiling = Literal["elements", "rows", "whole"]
-Numbers = tuple[float, ...]
-
-_CHOICES: dict[str, tuple[str | None, ...]] = {
-    "elect": VOTES, "consensus": VOTES, "weigh": ("before", "after"), "divide": DIVISORS,
-    "rescale": ("probability", "l1", None),
-}  # fmt: skip
+from ._method import Method, Numbers, numbers, options, widened, within
 
 
 def _function(name: str):
@@ -37,110 +28,8 @@ def _function(name: str):
     return getattr(importlib.import_module("solera.weights"), name)
 
 
-def _numbers(owner: object, name: str, value: Any) -> None:
-    """Turn a field that holds a list of numbers into a tuple of floats, which hashes."""
-    if value is None:
-        return
-    try:
-        found = tuple(float(v) for v in value)
-    except TypeError:
-        raise TypeError(f"{name}: expected a list of numbers, got {value!r}") from None
-    except ValueError:
-        raise ValueError(f"{name}: expected a list of numbers, got {value!r}") from None
-    if not found or not all(map(math.isfinite, found)):
-        raise ValueError(f"{name}: expected finite numbers, one a model, got {value!r}")
-    object.__setattr__(owner, name, found)
-
-
-def _within(name: str, value: float, low: float, high: float) -> None:
-    if not isinstance(value, int | float) or not low <= value <= high:
-        raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
-
-
-def _options(owner: Method) -> None:
-    """The arguments that several methods share, refused when the method is made and not after hours of merging."""
-    for name, options in _CHOICES.items():
-        if hasattr(owner, name):
-            _check.choice(name, getattr(owner, name), options)
-    for name in ("t", "colinear", "scale", "epsilon"):
-        if hasattr(owner, name):
-            _check.number(name, getattr(owner, name))
-    dim = getattr(owner, "dim", None)
-    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
-        raise TypeError(f"dim: expected an int or None, got {dim!r}")
-
-
-@dataclass(frozen=True)
-class Method:
-    """What all methods have. A subclass overrides `merge_tensor`, and `tiling` where a part of a tensor can be
-    merged without the rest.
-    """
-
-    uses_base: ClassVar[bool] = False
-    # Whether the models may change places (with their weights); what draws random numbers for model k may not.
-    symmetric: ClassVar[bool] = True
-
-    def merge_tensor(
-        self,
-        name: str,
-        tensors: Sequence[Tensor],
-        base: Tensor | None,
-        *,
-        seed: int = 0,
-        out_dtype: torch.dtype | None = None,
-        out: Tensor | None = None,
-    ) -> Tensor:
-        """The merged tensor `name`, in out_dtype (default: the promoted dtype); `out` may be written and returned."""
-        raise NotImplementedError
-
-    def tiling(self, shape: Sequence[int]) -> Tiling:
-        """Which parts of a tensor can be merged alone: any elements, whole rows, or only all of it."""
-        return "whole"
-
-    def scratch(self, count: int) -> float:
-        """Memory a call takes besides its inputs and its result, in accumulators an element."""
-        return 0.0
-
-    def models(self, count: int) -> tuple[int, ...]:
-        """Which of the K models are read."""
-        return tuple(range(count))
-
-    def reads_base(self, count: int) -> bool:
-        """Whether the base is read for K models."""
-        return self.uses_base
-
-    def check(self, count: int, base: bool) -> None:
-        """An error if the method does not fit K models, with or without a base."""
-        if self.uses_base and not base:
-            raise ValueError(f"base: {self!r} needs one, got None")
-        weights = getattr(self, "weights", None)
-        if weights is not None and len(weights) != count:
-            raise ValueError(
-                f"weights: expected {count}, one for each model, got {len(weights)} in {self!r}"
-            )
-
-    def permuted(self, order: Sequence[int]) -> Method:
-        """The same method for the models in another order."""
-        weights = getattr(self, "weights", None)
-        if weights is None:
-            return self
-        return replace(self, weights=tuple(weights[i] for i in order))  # type: ignore[call-arg]
-
-    def _mean_weights(self, count: int) -> list[float]:
-        return list(getattr(self, "weights", None) or [1 / count] * count)
-
-
-def _widened(
-    tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
-) -> tuple[list[Tensor], Tensor | None]:
-    """As they are, or in the result's dtype where that is wider than theirs: else it would be rounded twice."""
-    dtype = tensors[0].dtype
-    for t in (*tensors[1:], *(() if base is None else (base,))):
-        dtype = torch.promote_types(dtype, t.dtype)
-    if out_dtype is None or torch.promote_types(dtype, out_dtype) == dtype:
-        return list(tensors), base
-    dtype = torch.promote_types(dtype, out_dtype)
-    return [t.to(dtype) for t in tensors], None if base is None else base.to(dtype)
+def _geometry():
+    return importlib.import_module("solera.weights.geometry")
 
 
 # ---- elementwise -------------------------------------------------------------------------------------
@@ -154,7 +43,7 @@ class Linear(Method):
     normalize: bool = True
 
     def __post_init__(self):
-        _numbers(self, "weights", self.weights)
+        numbers(self, "weights", self.weights)
         if self.normalize and self.weights is not None and sum(self.weights) == 0:
             raise ValueError(
                 f"weights: they add up to zero and cannot be normalized: {self.weights}"
@@ -181,7 +70,7 @@ class TaskArithmetic(Method):
 
     def __post_init__(self):
         if not isinstance(self.weights, int | float):
-            _numbers(self, "weights", self.weights)
+            numbers(self, "weights", self.weights)
 
     def tiling(self, shape):
         return "elements"
@@ -278,7 +167,7 @@ def _bits(t: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class _Geometric(Method):
+class Geometric(Method):
     """What may work row by row: with `dim=0` each row of the first dimension is a vector of its own."""
 
     def scratch(self, count):
@@ -287,9 +176,30 @@ class _Geometric(Method):
     def tiling(self, shape):
         return "rows" if getattr(self, "dim", None) == 0 and len(shape) > 1 else "whole"
 
+    def two_sweeps(self):
+        return getattr(self, "dim", None) is None
+
+    def vectors(
+        self, tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
+    ) -> tuple[list[Tensor], Tensor | None]:
+        """(the vectors whose dots count and that are combined, what they are taken from or None)."""
+        return widened(tensors, None, out_dtype)
+
+    def coefficients(self, dots: Tensor) -> Tensor:
+        """(1, K) of the dots (1, K, K) of all of a tensor, as `merge_tensor` takes them."""
+        raise NotImplementedError
+
+    def merge_tile(
+        self, tensors: Sequence[Tensor], base: Tensor | None, dots: Tensor, out: Tensor
+    ) -> Tensor:
+        """A part of the merged tensor, with the dots (1, K, K) of all of it, written to `out`."""
+        vectors, around = self.vectors(tensors, base, out.dtype)
+        c = self.coefficients(dots).mT.contiguous()
+        return _function("lincomb")(vectors, c, base=around, out=out)
+
 
 @dataclass(frozen=True)
-class Slerp(_Geometric):
+class Slerp(Geometric):
     """Spherical interpolation from the first model (t = 0) to the second (t = 1), or from the base to one model."""
 
     t: float = 0.5
@@ -298,7 +208,7 @@ class Slerp(_Geometric):
     symmetric: ClassVar[bool] = False
 
     def __post_init__(self):
-        _options(self)
+        options(self)
 
     def check(self, count, base):
         if count != 2 and not (count == 1 and base):
@@ -307,49 +217,71 @@ class Slerp(_Geometric):
     def reads_base(self, count):
         return count == 1
 
-    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+    def vectors(self, tensors, base, out_dtype):
         ends = [base, *tensors] if len(tensors) == 1 else list(tensors)
-        (a, b), _ = _widened(ends, None, out_dtype)
+        return widened(ends, None, out_dtype)
+
+    def coefficients(self, dots):
+        return _geometry().slerp_coefficients(dots, float(self.t), float(self.colinear))
+
+    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
+        (a, b), _ = self.vectors(tensors, base, out_dtype)
         return _function("slerp")(a, b, self.t, dim=self.dim, colinear=self.colinear)
 
 
 @dataclass(frozen=True)
-class MultiSlerp(_Geometric):
+class MultiSlerp(Geometric):
     """Weighted spherical mean of K models, by default with equal weights, in the tangent space of their mean."""
 
     weights: Numbers | None = None
 
     def __post_init__(self):
-        _numbers(self, "weights", self.weights)
+        numbers(self, "weights", self.weights)
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, _ = _widened(tensors, None, out_dtype)
+        tensors, _ = widened(tensors, None, out_dtype)
         return _function("multi_slerp")(tensors, self._mean_weights(len(tensors)))
+
+    def coefficients(self, dots):
+        w = dots.new_tensor(self._mean_weights(dots.shape[-1]))
+        return _geometry().sphere_mean(dots, w, 1, 0.0)
 
 
 @dataclass(frozen=True)
-class Karcher(_Geometric):
+class Karcher(Geometric):
     """Karcher (Fréchet) mean of K models on the sphere, by default with equal weights."""
 
     weights: Numbers | None = None
 
     def __post_init__(self):
-        _numbers(self, "weights", self.weights)
+        numbers(self, "weights", self.weights)
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, _ = _widened(tensors, None, out_dtype)
+        tensors, _ = widened(tensors, None, out_dtype)
         return _function("karcher_mean")(tensors, self._mean_weights(len(tensors)))
+
+    def coefficients(self, dots):
+        w, found = dots.new_tensor(self._mean_weights(dots.shape[-1])), _geometry()
+        return found.sphere_mean(dots, w, found.KARCHER_STEPS, found.KARCHER_TOLERANCE)
 
 
 @dataclass(frozen=True)
-class ModelStock(_Geometric):
+class ModelStock(Geometric):
     """Model Stock: the mean of K fine-tuned models drawn towards the base by the angle between them."""
 
     dim: int | None = None
     uses_base: ClassVar[bool] = True
 
     def __post_init__(self):
-        _options(self)
+        options(self)
+
+    def vectors(self, tensors, base, out_dtype):
+        return widened(tensors, base, out_dtype)
+
+    def merge_tile(self, tensors, base, dots, out):
+        tensors, base = self.vectors(tensors, base, out.dtype)
+        part = importlib.import_module("solera.weights.model_stock").stock_part
+        return part(base, tensors, dots)
 
     def scratch(self, count):
         # The sums between its two passes (of 8 MiB at most).
@@ -361,7 +293,7 @@ class ModelStock(_Geometric):
             raise ValueError(f"models: ModelStock takes at least two, got {count}")
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _widened(tensors, base, out_dtype)
+        tensors, base = self.vectors(tensors, base, out_dtype)
         merged, _ = _function("model_stock")(base, tensors, dim=self.dim)
         return merged
 
@@ -377,14 +309,14 @@ class _TaskVectors(Method):
         return 1.0 if compiled_library is not None else 8.0 * count
 
     def __post_init__(self):
-        _numbers(self, "weights", getattr(self, "weights", None))
-        _within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
-        _within("gamma", getattr(self, "gamma", 0.0), 0.0, 1.0)
-        _options(self)
+        numbers(self, "weights", getattr(self, "weights", None))
+        within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
+        within("gamma", getattr(self, "gamma", 0.0), 0.0, 1.0)
+        options(self)
 
     def _drawn(self, function, name, tensors, base, out_dtype, seed, options, **more):
         """By name, as state dicts of one entry, since masks are drawn by name."""
-        tensors, base = _widened(tensors, base, out_dtype)
+        tensors, base = widened(tensors, base, out_dtype)
         numbers = (self._mean_weights(len(tensors)), getattr(self, "density"))  # noqa: B009
         chosen = {key: getattr(self, key) for key in options}
         named = [{name: t} for t in tensors]
@@ -406,7 +338,7 @@ class Ties(_TaskVectors):
     scale: float = 1.0
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _widened(tensors, base, out_dtype)
+        tensors, base = widened(tensors, base, out_dtype)
         weights = list(self.weights or [1.0] * len(tensors))
         options = {key: getattr(self, key) for key in ("elect", "weigh", "divide", "scale")}
         return _function("ties")(base, tensors, weights, self.density, **options)
@@ -444,7 +376,7 @@ class Breadcrumbs(_TaskVectors):
     scale: float = 1.0
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = _widened(tensors, base, out_dtype)
+        tensors, base = widened(tensors, base, out_dtype)
         numbers = (self._mean_weights(len(tensors)), self.density, self.gamma)
         options = {"consensus": self.consensus, "scale": self.scale}
         return _function("breadcrumbs")(base, tensors, *numbers, **options)

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .._registry import reference
@@ -37,16 +38,34 @@ def stock_coefficients(gram: Tensor) -> Tensor:
     return (stock_ratio(gram) / count).expand(count, -1).contiguous()
 
 
+def given_dots(dots: Tensor, tensors: Sequence[Tensor], models: int, by_row: bool) -> Tensor:
+    """A copy of the op's argument, checked as the kernel does."""
+    like = tensors[: len(tensors) // models]
+    rows = sum(t.shape[0] for t in like) if by_row else len(like)
+    if dots.dtype != torch.float64 or dots.shape != (rows, models, models):
+        raise RuntimeError(f"model_stock: expected {rows} float64 matrices of dots")
+    return dots.clone(memory_format=torch.contiguous_format)
+
+
 # ---- reference ---------------------------------------------------------------------------------------
 
 
 @reference("model_stock")
-def _model_stock(tensors, base, models, by_row):
+def _model_stock(tensors, base, models, by_row, dots=None):
     _refuse_mismatch([*tensors, *base], tensors[: len(tensors) // models])
-    dots = gram_reference(tensors, base, models, by_row).contiguous()
+    if dots is None:
+        dots = gram_reference(tensors, base, models, by_row).contiguous()
+    else:
+        dots = given_dots(dots, tensors, models, by_row)
     combine = row_lincomb_reference if by_row else lincomb_reference
     merged = combine(tensors, stock_coefficients(dots), base, None)
     return [t.contiguous() for t in merged], dots
+
+
+def stock_part(base: Tensor, tensors: Sequence[Tensor], dots: Tensor) -> Tensor:
+    """A part of the merged tensor: `dots` (1, K, K) are those of all of it."""
+    merged, _ = torch.ops.solera.model_stock(list(tensors), [base], len(tensors), False, dots)
+    return merged[0]
 
 
 # ---- public function ---------------------------------------------------------------------------------

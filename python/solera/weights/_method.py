@@ -1,0 +1,132 @@
+"""What all ways to merge have: the class `Method`, and the checks of their arguments."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .consensus import DIVISORS, VOTES
+
+Tiling = Literal["elements", "rows", "whole"]
+Numbers = tuple[float, ...]
+
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "elect": VOTES, "consensus": VOTES, "weigh": ("before", "after"), "divide": DIVISORS,
+    "rescale": ("probability", "l1", None),
+}  # fmt: skip
+
+
+def numbers(owner: object, name: str, value: Any) -> None:
+    """Turn a field that holds a list of numbers into a tuple of floats, which hashes."""
+    if value is None:
+        return
+    try:
+        found = tuple(float(v) for v in value)
+    except TypeError:
+        raise TypeError(f"{name}: expected a list of numbers, got {value!r}") from None
+    except ValueError:
+        raise ValueError(f"{name}: expected a list of numbers, got {value!r}") from None
+    if not found or not all(map(math.isfinite, found)):
+        raise ValueError(f"{name}: expected finite numbers, one a model, got {value!r}")
+    object.__setattr__(owner, name, found)
+
+
+def within(name: str, value: float, low: float, high: float) -> None:
+    if not isinstance(value, int | float) or not low <= value <= high:
+        raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
+
+
+def options(owner: Method) -> None:
+    """The arguments that several methods share, refused when the method is made and not after hours of merging."""
+    for name, options in _CHOICES.items():
+        if hasattr(owner, name):
+            _check.choice(name, getattr(owner, name), options)
+    for name in ("t", "colinear", "scale", "epsilon"):
+        if hasattr(owner, name):
+            _check.number(name, getattr(owner, name))
+    dim = getattr(owner, "dim", None)
+    if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
+        raise TypeError(f"dim: expected an int or None, got {dim!r}")
+
+
+@dataclass(frozen=True)
+class Method:
+    """What all methods have. A subclass overrides `merge_tensor`, and `tiling` where a part of a tensor can be
+    merged without the rest.
+    """
+
+    uses_base: ClassVar[bool] = False
+    # Whether the models may change places (with their weights); what draws random numbers for model k may not.
+    symmetric: ClassVar[bool] = True
+
+    def merge_tensor(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+        *,
+        seed: int = 0,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """The merged tensor `name`, in out_dtype (default: the promoted dtype); `out` may be written and returned."""
+        raise NotImplementedError
+
+    def tiling(self, shape: Sequence[int]) -> Tiling:
+        """Which parts of a tensor can be merged alone: any elements, whole rows, or only all of it."""
+        return "whole"
+
+    def scratch(self, count: int) -> float:
+        """Memory a call takes besides its inputs and its result, in accumulators an element."""
+        return 0.0
+
+    def two_sweeps(self) -> bool:
+        """Whether the dots of all of a tensor are enough to then merge it tile by tile (Geometric.merge_tile)."""
+        return False
+
+    def models(self, count: int) -> tuple[int, ...]:
+        """Which of the K models are read."""
+        return tuple(range(count))
+
+    def reads_base(self, count: int) -> bool:
+        """Whether the base is read for K models."""
+        return self.uses_base
+
+    def check(self, count: int, base: bool) -> None:
+        """An error if the method does not fit K models, with or without a base."""
+        if self.uses_base and not base:
+            raise ValueError(f"base: {self!r} needs one, got None")
+        weights = getattr(self, "weights", None)
+        if weights is not None and len(weights) != count:
+            raise ValueError(
+                f"weights: expected {count}, one for each model, got {len(weights)} in {self!r}"
+            )
+
+    def permuted(self, order: Sequence[int]) -> Method:
+        """The same method for the models in another order."""
+        weights = getattr(self, "weights", None)
+        if weights is None:
+            return self
+        return replace(self, weights=tuple(weights[i] for i in order))  # type: ignore[call-arg]
+
+    def _mean_weights(self, count: int) -> list[float]:
+        return list(getattr(self, "weights", None) or [1 / count] * count)
+
+
+def widened(
+    tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
+) -> tuple[list[Tensor], Tensor | None]:
+    """As they are, or in the result's dtype where that is wider than theirs: else it would be rounded twice."""
+    dtype = tensors[0].dtype
+    for t in (*tensors[1:], *(() if base is None else (base,))):
+        dtype = torch.promote_types(dtype, t.dtype)
+    if out_dtype is None or torch.promote_types(dtype, out_dtype) == dtype:
+        return list(tensors), base
+    dtype = torch.promote_types(dtype, out_dtype)
+    return [t.to(dtype) for t in tensors], None if base is None else base.to(dtype)
