@@ -109,13 +109,23 @@ SOLERA_INLINE void multiply_block(const void* rows, int64_t step, int64_t second
   SOLERA_TILE_STORE(1, sums + 16, 128);
 }
 
+// Zero for what is not above zero; NaN stays.
+SOLERA_INLINE __m512 positive(__m512 v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+}
+
 // A block of sums to its rows. The instruction flushes denormals to zero; the products have done so
 // already.
 SOLERA_INLINE void leave(const float* sums, AmxResult out, int64_t row, int64_t column,
                          int64_t rows, int64_t columns) {
   const __mmask32 mask = first(columns);
+  __m512 low_bias = _mm512_setzero_ps(), high_bias = low_bias;
+  if (out.bias) {
+    low_bias = _mm512_maskz_loadu_ps(__mmask16(mask), out.bias + column);
+    high_bias = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), out.bias + column + 16);
+  }
   for (int64_t i = 0; i < rows; ++i) {
-    const __m512 low = _mm512_load_ps(sums + i * 32), high = _mm512_load_ps(sums + i * 32 + 16);
+    __m512 low = _mm512_load_ps(sums + i * 32), high = _mm512_load_ps(sums + i * 32 + 16);
     if (out.sums) {
       float* to = (float*)out.data + (row + i) * out.stride + column;
       const __mmask16 l = __mmask16(mask), h = __mmask16(mask >> 16);
@@ -123,6 +133,14 @@ SOLERA_INLINE void leave(const float* sums, AmxResult out, int64_t row, int64_t 
       if (h)
         _mm512_mask_storeu_ps(to + 16, h, _mm512_add_ps(_mm512_maskz_loadu_ps(h, to + 16), high));
     } else {
+      if (out.bias) {
+        low = _mm512_add_ps(low, low_bias);
+        high = _mm512_add_ps(high, high_bias);
+      }
+      if (out.relu) {
+        low = positive(low);
+        high = positive(high);
+      }
       __m512i rounded;
       asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(rounded) : "v"(high), "v"(low));
       _mm512_mask_storeu_epi16((bf16*)out.data + (row + i) * out.stride + column, mask, rounded);

@@ -3,7 +3,8 @@
 //
 // torch's library packs the weight and clears the result for every call, which is most of the time
 // of small products, and rounds every result to bfloat16. This packs into a thread's own scratch,
-// keeps a block of 32 x 32 sums in registers over all terms, and can add the sums to float32.
+// keeps a block of 32 x 32 sums in registers over all terms, and adds a bias before they are
+// rounded or the sums to float32.
 //
 // A result is one sum of its terms in order, 32 at a time, whatever the other rows and columns are.
 #pragma once
@@ -20,6 +21,9 @@ struct AmxResult {
   void* data;      // bfloat16, or float32 to which the sums are added
   int64_t stride;  // between rows
   bool sums;
+  // Of bfloat16 results: added before they are rounded, one number a column, or null; then relu.
+  const float* bias = nullptr;
+  bool relu = false;
 };
 
 struct AmxTable {
@@ -98,7 +102,8 @@ inline bool amx_product(const AmxMatrix& a, const AmxMatrix& b, AmxResult out) {
     const int64_t width = b.columns - c < most ? b.columns - c : most;
     amx()->pack(b, c, width, right);
     void* const to = static_cast<char*>(out.data) + c * (out.sums ? 4 : 2);
-    amx()->multiply(a, right, width, {to, out.stride, out.sums}, left);
+    const float* const bias = out.bias ? out.bias + c : nullptr;
+    amx()->multiply(a, right, width, {to, out.stride, out.sums, bias, out.relu}, left);
   }
   return true;
 }

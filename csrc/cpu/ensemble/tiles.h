@@ -203,6 +203,15 @@ struct Engine {
     product(out, a, b.matrix);
   }
 
+  // out = a b + bias, of that relu if asked: rounded once. False where it is not to be had so: then
+  // out is as it was. `bias`: a row in the accumulator's type, or null.
+  bool product_with_bias(EnsembleMatrix out, const Matrix& a, const Matrix& b, const void* bias,
+                         bool relu) const {
+    return own && a.rows > 0 && b.columns > 0 &&
+           amx_product(half(a), half(b),
+                       {out.data, out.stride, false, static_cast<const float*>(bias), relu});
+  }
+
   // out = a b, or out += a b, single-threaded inside a parallel region. out is (a.rows, b.columns)
   // of the tile's type.
   void product(EnsembleMatrix out, const Matrix& a, const Matrix& b, bool add = false) const {
