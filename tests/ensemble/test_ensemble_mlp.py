@@ -241,6 +241,38 @@ def test_environment_switches(monkeypatch, name, value):
         check(make(*case, torch.float32), "relu", "mean")
 
 
+@pytest.mark.no_interpreter
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU rounds hidden values to bfloat16 between layers")
+@pytest.mark.parametrize("widths", [(64, 64, 64, 10), (40, 72, 33, 3)], ids=str)
+def test_relu_sees_the_sign_of_unrounded_sums(widths):
+    tensors = make(200, 3, widths, torch.bfloat16)
+    with torch.no_grad():
+        dy = randn(*network(tensors, "relu", None).shape, dtype=torch.bfloat16)
+    got = whole(network, tensors, "relu", None, dy=dy)
+    want = whole(eager, double(*tensors), "relu", None, dy=dy.double())
+    for a, b in zip(got, want, strict=True):  # signs of sums of rounded values would make it 0.03
+        assert relative_error(a, b) <= ULP[torch.bfloat16]
+
+
+@pytest.mark.no_interpreter
+@pytest.mark.skipif(DEVICE != "cpu", reason="the products are the CPU kernels'")
+@pytest.mark.parametrize("column", [float("inf"), 3.3895e38, float("nan")])
+def test_what_is_not_finite_stays_so(column):
+    """Infinities, and sums that become so when rounded, leave no rest that makes a NaN of the next sum."""
+    x = torch.ones(40, 8, dtype=torch.bfloat16)
+    first, second = torch.zeros(2, 8, 32), torch.ones(2, 32, 5)
+    first[:, 0, 3] = 1e36
+    bias = torch.zeros(2, 32)
+    bias[:, 3] = column
+    layers = [
+        (first.bfloat16(), bias.bfloat16()),
+        (second.bfloat16(), None),
+        (second.mT.bfloat16(), None),
+    ]
+    y = ensemble_mlp(x, layers, activation="relu")
+    assert y.isnan().all() if column != column else (y == float("inf")).all()
+
+
 @pytest.mark.parametrize("activation, reduce", [("relu", None), ("gelu", "mean")])
 def test_gradcheck_and_gradgradcheck(activation, reduce):
     f = lambda *t: network(t, activation, reduce)

@@ -74,33 +74,40 @@ SOLERA_INLINE void pack(const bf16* from, int64_t line, int64_t term, int64_t li
 }
 
 // sums (32, 32) of the packed columns and of rows: 16 of them `step` bytes apart in a register, the
-// second register `second` bytes after the first, the next terms `next` bytes on.
-SOLERA_INLINE void multiply_block(const void* rows, int64_t step, int64_t second, int64_t next,
-                                  const bf16* columns, int64_t blocks, bool half, float* sums) {
-  const char *a = (const char*)rows, *b = (const char*)columns;
+// second register `second` bytes after the first, the next terms `next` bytes on. `rest`, if given,
+// is more rows in the same layout, for the same columns.
+SOLERA_INLINE void multiply_block(const void* rows, const void* rest, int64_t step, int64_t second,
+                                  int64_t next, const bf16* columns, int64_t blocks, bool half,
+                                  float* sums) {
   const int64_t dense = 64;
   SOLERA_TILE_ZERO(0);
   SOLERA_TILE_ZERO(1);
   if (half) {
-    for (int64_t k = 0; k < blocks; ++k, a += next, b += 2 * kBlock) {
-      SOLERA_TILE_LOAD(4, a, step);
-      SOLERA_TILE_LOAD(6, b, dense);
-      SOLERA_TILE_PRODUCT(0, 4, 6);
-      SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
-      SOLERA_TILE_PRODUCT(1, 4, 7);
+    for (const char* a = (const char*)rows; a; a = a == rows ? (const char*)rest : nullptr) {
+      const char* b = (const char*)columns;
+      for (int64_t k = 0; k < blocks; ++k, b += 2 * kBlock) {
+        SOLERA_TILE_LOAD(4, a + k * next, step);
+        SOLERA_TILE_LOAD(6, b, dense);
+        SOLERA_TILE_PRODUCT(0, 4, 6);
+        SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
+        SOLERA_TILE_PRODUCT(1, 4, 7);
+      }
     }
   } else {
     SOLERA_TILE_ZERO(2);
     SOLERA_TILE_ZERO(3);
-    for (int64_t k = 0; k < blocks; ++k, a += next, b += 2 * kBlock) {
-      SOLERA_TILE_LOAD(4, a, step);
-      SOLERA_TILE_LOAD(6, b, dense);
-      SOLERA_TILE_PRODUCT(0, 4, 6);
-      SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
-      SOLERA_TILE_PRODUCT(1, 4, 7);
-      SOLERA_TILE_LOAD(5, a + second, step);
-      SOLERA_TILE_PRODUCT(2, 5, 6);
-      SOLERA_TILE_PRODUCT(3, 5, 7);
+    for (const char* a = (const char*)rows; a; a = a == rows ? (const char*)rest : nullptr) {
+      const char* b = (const char*)columns;
+      for (int64_t k = 0; k < blocks; ++k, b += 2 * kBlock) {
+        SOLERA_TILE_LOAD(4, a + k * next, step);
+        SOLERA_TILE_LOAD(6, b, dense);
+        SOLERA_TILE_PRODUCT(0, 4, 6);
+        SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
+        SOLERA_TILE_PRODUCT(1, 4, 7);
+        SOLERA_TILE_LOAD(5, a + k * next + second, step);
+        SOLERA_TILE_PRODUCT(2, 5, 6);
+        SOLERA_TILE_PRODUCT(3, 5, 7);
+      }
     }
     SOLERA_TILE_STORE(2, sums + 512, 128);
     SOLERA_TILE_STORE(3, sums + 528, 128);
@@ -109,13 +116,36 @@ SOLERA_INLINE void multiply_block(const void* rows, int64_t step, int64_t second
   SOLERA_TILE_STORE(1, sums + 16, 128);
 }
 
+// Zero for what is not above zero; NaN stays.
+SOLERA_INLINE __m512 positive(__m512 v) {
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ), v);
+}
+
+SOLERA_INLINE __m512i rounded(__m512 low, __m512 high) {
+  __m512i result;
+  asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(result) : "v"(high), "v"(low));
+  return result;
+}
+// What rounding to the 16 numbers `to` left; nothing of what is not finite, or became so.
+SOLERA_INLINE __m512 rest_of(__m512 v, __m256i to) {
+  const __m512 back = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(to), 16));
+  const __m512 rest = _mm512_sub_ps(v, back);
+  const __m512 infinity = _mm512_castsi512_ps(_mm512_set1_epi32(0x7f800000));
+  return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(_mm512_abs_ps(rest), infinity, _CMP_LT_OQ), rest);
+}
+
 // A block of sums to its rows. The instruction flushes denormals to zero; the products have done so
 // already.
 SOLERA_INLINE void leave(const float* sums, AmxResult out, int64_t row, int64_t column,
                          int64_t rows, int64_t columns) {
   const __mmask32 mask = first(columns);
+  __m512 low_bias = _mm512_setzero_ps(), high_bias = low_bias;
+  if (out.bias) {
+    low_bias = _mm512_maskz_loadu_ps(__mmask16(mask), out.bias + column);
+    high_bias = _mm512_maskz_loadu_ps(__mmask16(mask >> 16), out.bias + column + 16);
+  }
   for (int64_t i = 0; i < rows; ++i) {
-    const __m512 low = _mm512_load_ps(sums + i * 32), high = _mm512_load_ps(sums + i * 32 + 16);
+    __m512 low = _mm512_load_ps(sums + i * 32), high = _mm512_load_ps(sums + i * 32 + 16);
     if (out.sums) {
       float* to = (float*)out.data + (row + i) * out.stride + column;
       const __mmask16 l = __mmask16(mask), h = __mmask16(mask >> 16);
@@ -123,9 +153,21 @@ SOLERA_INLINE void leave(const float* sums, AmxResult out, int64_t row, int64_t 
       if (h)
         _mm512_mask_storeu_ps(to + 16, h, _mm512_add_ps(_mm512_maskz_loadu_ps(h, to + 16), high));
     } else {
-      __m512i rounded;
-      asm("vcvtne2ps2bf16 %2, %1, %0" : "=v"(rounded) : "v"(high), "v"(low));
-      _mm512_mask_storeu_epi16((bf16*)out.data + (row + i) * out.stride + column, mask, rounded);
+      if (out.bias) {
+        low = _mm512_add_ps(low, low_bias);
+        high = _mm512_add_ps(high, high_bias);
+      }
+      if (out.relu) {
+        low = positive(low);
+        high = positive(high);
+      }
+      const __m512i to = rounded(low, high);
+      const int64_t at = (row + i) * out.stride + column;
+      _mm512_mask_storeu_epi16((bf16*)out.data + at, mask, to);
+      if (out.rest)
+        _mm512_mask_storeu_epi16(out.rest + at, mask,
+                                 rounded(rest_of(low, _mm512_castsi512_si256(to)),
+                                         rest_of(high, _mm512_extracti64x4_epi64(to, 1))));
     }
   }
 }
@@ -148,14 +190,22 @@ void multiply(const AmxMatrix& a, const void* packed, int64_t columns, AmxResult
   for (int64_t i = 0; i < a.rows; i += kAmxBlock) {
     const int64_t rows = a.rows - i < kAmxBlock ? a.rows - i : kAmxBlock;
     const bf16* from = a.data + i * a.row_step;
+    const bf16* rest = a.rest ? a.rest + i * a.row_step : nullptr;
     const bool here = direct && rows % 16 == 0;
-    if (!here) pack(from, a.row_step, a.column_step, rows, terms, true, (bf16*)scratch);
+    if (!here) {
+      bf16* const left = (bf16*)scratch;
+      pack(from, a.row_step, a.column_step, rows, terms, true, left);
+      if (rest) pack(rest, a.row_step, a.column_step, rows, terms, true, left + panel);
+      from = left;
+      rest = rest ? left + panel : nullptr;
+    }
     for (int64_t j = 0; j < columns; j += kAmxBlock) {
       const bf16* right = (const bf16*)packed + j / kAmxBlock * panel;
       if (here)
-        multiply_block(from, 2 * a.row_step, 32 * a.row_step, 64, right, blocks, rows <= 16, sums);
+        multiply_block(from, rest, 2 * a.row_step, 32 * a.row_step, 64, right, blocks, rows <= 16,
+                       sums);
       else
-        multiply_block(scratch, 64, 2 * kRegister, 2 * kBlock, right, blocks, rows <= 16, sums);
+        multiply_block(from, rest, 64, 2 * kRegister, 2 * kBlock, right, blocks, rows <= 16, sums);
       leave(sums, out, i, j, rows, columns - j);
     }
   }

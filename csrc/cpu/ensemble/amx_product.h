@@ -3,7 +3,8 @@
 //
 // torch's library packs the weight and clears the result for every call, which is most of the time
 // of small products, and rounds every result to bfloat16. This packs into a thread's own scratch,
-// keeps a block of 32 x 32 sums in registers over all terms, and can add the sums to float32.
+// keeps a block of 32 x 32 sums in registers over all terms, and adds a bias before they are
+// rounded or the sums to float32.
 //
 // A result is one sum of its terms in order, 32 at a time, whatever the other rows and columns are.
 #pragma once
@@ -15,17 +16,25 @@ namespace solera {
 struct AmxMatrix {
   const bf16* data;
   int64_t rows, columns, row_step, column_step;
+  // Of a left operand: what rounding left of it, in the same layout, or null. The product is then
+  // of both: 16 bits of a number, against 8.
+  const bf16* rest = nullptr;
 };
 struct AmxResult {
   void* data;      // bfloat16, or float32 to which the sums are added
   int64_t stride;  // between rows
   bool sums;
+  // Of bfloat16 results: added before they are rounded, one number a column, or null; then relu.
+  const float* bias = nullptr;
+  bool relu = false;
+  bf16* rest = nullptr;  // what the rounding leaves goes there, if given
 };
 
 struct AmxTable {
   // Columns [first, first + columns) of b to panels of 32, each amx_panel(b.rows) elements.
   void (*pack)(const AmxMatrix& b, int64_t first, int64_t columns, void* to);
-  // out (a.rows, columns). `scratch` holds a panel. Packed memory and scratch are aligned to 64.
+  // out (a.rows, columns). `scratch` holds a panel, two with a.rest. Packed memory and scratch are
+  // aligned to 64.
   void (*multiply)(const AmxMatrix& a, const void* packed, int64_t columns, AmxResult out,
                    void* scratch);
 };
@@ -83,7 +92,8 @@ inline bf16* amx_scratch(int64_t elements) {
 // leave it to the library.
 inline bool amx_product(const AmxMatrix& a, const void* packed, int64_t columns, AmxResult out) {
   if (!amx_fits(a)) return false;
-  amx()->multiply(a, packed, columns, out, amx_scratch(amx_panel(a.columns)));
+  const int64_t parts = a.rest ? 2 : 1;
+  amx()->multiply(a, packed, columns, out, amx_scratch(parts * amx_panel(a.columns)));
   return true;
 }
 
@@ -92,13 +102,16 @@ inline bool amx_product(const AmxMatrix& a, const AmxMatrix& b, AmxResult out) {
   if (!amx_takes(b) || !amx_fits(a)) return false;
   const int64_t panel = amx_panel(b.rows), most = kAmxPacked / panel * kAmxBlock;
   const int64_t panels = amx_blocks(b.columns < most ? b.columns : most);
-  bf16* const left = amx_scratch((panels + 1) * panel);
-  bf16* const right = left + panel;
+  const int64_t parts = a.rest ? 2 : 1;
+  bf16* const left = amx_scratch((panels + parts) * panel);
+  bf16* const right = left + parts * panel;
   for (int64_t c = 0; c < b.columns; c += most) {
     const int64_t width = b.columns - c < most ? b.columns - c : most;
     amx()->pack(b, c, width, right);
     void* const to = static_cast<char*>(out.data) + c * (out.sums ? 4 : 2);
-    amx()->multiply(a, right, width, {to, out.stride, out.sums}, left);
+    const float* const bias = out.bias ? out.bias + c : nullptr;
+    bf16* const rest = out.rest ? out.rest + c : nullptr;
+    amx()->multiply(a, right, width, {to, out.stride, out.sums, bias, out.relu, rest}, left);
   }
   return true;
 }

@@ -50,15 +50,33 @@ struct MlpPlan {
   const MlpTable& run;
   int64_t items, members, layers, widest, rows, tiles;
   std::vector<int64_t> widths, activations;
-  bool shared, out_first;
+  // Products in registers, which take any width and either layout of W.
+  bool shared, out_first, registers;
   Tensors weights;
   std::vector<double> combine;  // of each member; empty if members are not combined
 
-  // bfloat16 tiles round a product before its bias is added, so that hidden values near zero change
-  // sign and gradients through relu err several times as much as torch's. Only on request.
+  // A library rounds bfloat16 products before their bias is added, so that hidden values near zero
+  // change sign and gradients through relu err several times as much as torch's: bfloat16 tiles
+  // only where products are rounded after it, or on request.
+  static bool all_in_registers(const Tensor& x, const Tensors& weights, bool out_first) {
+    if (x.scalar_type() != ScalarType::BFloat16) return false;
+    int64_t terms = x.size(-1);
+    for (const Tensor& w : weights) {
+      if (!bfloat16_sums(terms)) return false;
+      terms = w.size(out_first ? 1 : 2);
+    }
+    return true;
+  }
+
   MlpPlan(const Tensor& x, const Tensors& weights_in, std::vector<int64_t> activations_in,
           bool out_first, const OptTensor& combine_in)
-      : e(x, asked_for_product("native") || asked_for_product("library")),
+      : MlpPlan(x, weights_in, std::move(activations_in), out_first, combine_in,
+                all_in_registers(x, weights_in, out_first)) {}
+
+ private:
+  MlpPlan(const Tensor& x, const Tensors& weights_in, std::vector<int64_t> activations_in,
+          bool out_first, const OptTensor& combine_in, bool registers)
+      : e(x, registers || asked_for_product("native") || asked_for_product("library")),
         run(pick_mlp_tables()
                 .of[e.tile == ScalarType::BFloat16 ? 4 : static_cast<int>(dtype_of(x))]),
         items(x.size(0)),
@@ -67,7 +85,8 @@ struct MlpPlan {
         widths{x.size(-1)},
         activations(std::move(activations_in)),
         shared(x.dim() == 2),
-        out_first(out_first) {
+        out_first(out_first),
+        registers(registers) {
     widest = widths[0];
     for (const Tensor& w : weights_in) {
       weights.push_back(as(w, e.tile));
@@ -86,10 +105,17 @@ struct MlpPlan {
     combine.assign(p, p + members);
   }
 
+ public:
   int64_t out() const { return widths.back(); }
   int64_t last() const { return layers - 1; }
   // Hidden layers keep something for backward, the last only if it has an activation.
   bool keeps(int64_t layer) const { return layer < last() || activations[layer] != 0; }
+  // Whether what rounding leaves of a layer's output goes into the next product too. With it z and
+  // its sign are as exact as from float32 tiles; relu's derivative jumps, so that without it the
+  // gradients of hidden layers err by some percent, as torch's do.
+  bool splits(int64_t layer) const {
+    return registers && layer < last() && activations[layer] < 2 && activations[layer + 1] == 1;
+  }
   int64_t scratch_size() const { return e.padded(rows) * widest; }
   double weight_of(int64_t k) const { return combine.empty() ? 1.0 : combine[size_t(k)]; }
 
@@ -97,12 +123,14 @@ struct MlpPlan {
     const int64_t n = widths[layer] * widths[layer + 1];
     return e.at(const_cast<void*>(weights[layer].const_data_ptr()), k * n);
   }
-  int64_t product_width(int64_t layer) const { return e.columns(widths[layer + 1]); }
+  int64_t product_width(int64_t layer) const {
+    return registers ? widths[layer + 1] : e.columns(widths[layer + 1]);
+  }
   bool widens(int64_t layer) const { return product_width(layer) != widths[layer + 1]; }
   // Rows from which a product with a transposed copy of W is faster by more than the copy; its bits
   // are the same.
   bool turns() const { return out_first && rows >= 64 && !e.fixed; }
-  bool copies(int64_t layer) const { return turns() || widens(layer); }
+  bool copies(int64_t layer) const { return !registers && (turns() || widens(layer)); }
   int64_t copies_size() const {
     int64_t n = 0;
     for (int64_t l = 0; l < layers; ++l)
@@ -160,6 +188,7 @@ std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weigh
   const void* xp = x.const_data_ptr();
   parallel_for(0, groups * n.tiles, 1, [&](int64_t first, int64_t end) {
     Tensor one = e.scratch(x, n.scratch_size()), two = e.scratch(x, n.scratch_size());
+    Tensor rests = e.scratch(x, n.registers ? 2 * n.scratch_size() : 0);
     Tensor copies = e.scratch(x, n.copies_size());
     int64_t ready = -1;  // the member whose transposed weights are there
     for (int64_t t = first; t < end; ++t) {
@@ -187,11 +216,18 @@ std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weigh
           const bool stays = keep && l < n.last() && e.stored_as_tile && n.activations[l] < 2 &&
                              count == padded && step == width;
           void* to = stays ? keep : next;
-          e.product({to, step}, left,
-                    n.copies(l) ? Matrix{w, in, step, step, 1} : n.right(l, k, false));
+          const Matrix right = n.copies(l) ? Matrix{w, in, step, step, 1} : n.right(l, k, false);
           if (n.copies(l)) w = e.at(w, in * step);
-          n.run.finish(to, step, bias, stays ? nullptr : keep, count, width, int(n.activations[l]));
-          left = {to, padded, width, width, 1};
+          const int activation = int(n.activations[l]);
+          void* rest =
+              n.splits(l) ? e.at(rests.mutable_data_ptr(), l % 2 * n.scratch_size()) : nullptr;
+          const bool done = n.registers && e.product_with_bias({to, step}, left, right, bias,
+                                                               activation == 1, rest);
+          if (!done) e.product({to, step}, left, right);
+          if (!done || activation > 1 || (keep && !stays))
+            n.run.finish(to, step, done ? nullptr : bias, stays ? nullptr : keep, count, width,
+                         activation);
+          left = {to, padded, width, width, 1, done ? rest : nullptr};
           if (!stays) std::swap(here, next);
         }
         if (sums)
@@ -267,13 +303,16 @@ struct MlpBackward {
         }
         const Matrix h_turned{h.data, in, count, 1, h.row_step};
         void* to = e.at_real(dw[l].mutable_data_ptr(), (piece * n.members + k) * numel);
+        const Matrix delta{here, count, width, width, 1}, turned{here, width, count, 1, width};
         const bool direct = first && e.tile == e.real;
         void* product = direct ? to : part;
-        if (n.out_first)
-          e.product({product, in}, {here, width, count, 1, width}, h);
+        if (e.tile != e.real)
+          e.accumulate(to, n.out_first ? turned : h_turned, n.out_first ? h : delta, first, part);
+        else if (n.out_first)
+          e.product({product, in}, turned, h);
         else
-          e.product({product, width}, h_turned, {here, count, width, width, 1});
-        if (!direct) n.run.blend(product, to, numel, 1.0, first);
+          e.product({product, width}, h_turned, delta);
+        if (!direct && e.tile == e.real) n.run.blend(product, to, numel, 1.0, first);
       }
       if (l == 0 && !need_x) return;
       e.product({next, in}, {here, padded, width, width, 1}, n.right(l, k, true));

@@ -125,6 +125,7 @@ inline bool bfloat16_sums(int64_t terms) {
 struct Matrix {
   const void* data;
   int64_t rows, columns, row_step, column_step;
+  const void* rest = nullptr;  // see AmxMatrix; only products in registers take it
 };
 
 // The right operand of several products, packed once where that is of use (Engine::prepare).
@@ -203,6 +204,16 @@ struct Engine {
     product(out, a, b.matrix);
   }
 
+  // out = a b + bias, of that relu if asked: rounded once. False where it is not to be had so: then
+  // out is as it was. `bias`: a row in the accumulator's type, or null; `rest`: as AmxResult's.
+  bool product_with_bias(EnsembleMatrix out, const Matrix& a, const Matrix& b, const void* bias,
+                         bool relu, void* rest) const {
+    return own && a.rows > 0 && b.columns > 0 &&
+           amx_product(half(a), half(b),
+                       {out.data, out.stride, false, static_cast<const float*>(bias), relu,
+                        static_cast<bf16*>(rest)});
+  }
+
   // out = a b, or out += a b, single-threaded inside a parallel region. out is (a.rows, b.columns)
   // of the tile's type.
   void product(EnsembleMatrix out, const Matrix& a, const Matrix& b, bool add = false) const {
@@ -250,7 +261,8 @@ struct Engine {
 
  private:
   static AmxMatrix half(const Matrix& m) {
-    return {static_cast<const bf16*>(m.data), m.rows, m.columns, m.row_step, m.column_step};
+    return {static_cast<const bf16*>(m.data), m.rows, m.columns, m.row_step, m.column_step,
+            static_cast<const bf16*>(m.rest)};
   }
 
   struct Blob {
