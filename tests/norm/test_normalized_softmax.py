@@ -18,6 +18,7 @@ from solera.norm import (
     madacos,
     normalized_softmax_cross_entropy,
 )
+from solera.norm import _widened
 from solera.norm import normalized_softmax as core
 
 
@@ -27,7 +28,7 @@ def _small_chunks(monkeypatch):
     monkeypatch.setattr(core, "CHUNK_ELEMENTS", 1)
     monkeypatch.setattr(core, "WIDENED_ELEMENTS", 1)
     monkeypatch.setattr(core, "LEAST_ROWS", 2)
-    monkeypatch.setattr(core, "COLUMNS", 4)
+    monkeypatch.setattr(_widened, "ROWS", 4)
 
 
 def problem(dtype=torch.float64, rows=5, classes=7, d=4):

@@ -34,6 +34,7 @@ from .._registry import accumulate_type, reference
 from .._route import use_reference, without_autocast
 from . import class_softmax
 from ._labels import REDUCTIONS, labels
+from ._widened import back_product, product, rounded
 from .logit_norm import SOFTMAX
 from .margins import CosFace, MadaCos
 from .row_dots import row_dots_reference  # noqa: F401  (registers the ops)
@@ -45,7 +46,6 @@ Margin = Callable[[Tensor, Tensor], Tensor]
 CHUNK_ELEMENTS = 10 << 20  # of a chunk of logits, 40 MiB in float32
 WIDENED_ELEMENTS = 20 << 20  # the same where a half's weight is widened for every chunk anew
 LEAST_ROWS = 64  # below that a product is slower than the memory it saves is worth
-COLUMNS = 8192  # rows of a half-precision weight widened at a time
 EPS = 1e-12  # lengths below it count as it, as in torch.nn.functional.normalize
 
 
@@ -59,27 +59,6 @@ def _native(weight: Tensor) -> bool:
 def _log_sum(s: Tensor, others: Tensor, extra: Tensor | None) -> Tensor:
     """Log of everything but the label: the other classes, and the extra negatives."""
     return others if extra is None else torch.logaddexp(others, (s * extra).logsumexp(1))
-
-
-def _product(x: Tensor, weight: Tensor, out: Tensor) -> None:
-    """out = x weight^T in out's dtype; a weight of another one is widened COLUMNS rows at a time."""
-    if weight.dtype == out.dtype:
-        torch.mm(x, weight.t(), out=out)
-        return
-    for first in range(0, weight.shape[0], COLUMNS):
-        block = weight[first : first + COLUMNS].to(out.dtype)
-        torch.mm(x, block.t(), out=out[:, first : first + COLUMNS])
-
-
-def _back_product(g: Tensor, weight: Tensor) -> Tensor:
-    """g weight, by the same rule."""
-    if weight.dtype == g.dtype:
-        return g @ weight
-    total = g.new_zeros(g.shape[0], weight.shape[1])
-    for first in range(0, weight.shape[0], COLUMNS):
-        block = weight[first : first + COLUMNS].to(g.dtype)
-        total.addmm_(g[:, first : first + COLUMNS], block)
-    return total
 
 
 class _Head:
@@ -130,7 +109,7 @@ class _Head:
         if buffer is None:
             buffer = x_hat.new_empty(rows, self.weight.shape[0], dtype=self.dtype)
         out = buffer[:rows]
-        _product(x_hat.to(self.dtype), self.weight, out)
+        product(x_hat.to(self.dtype), self.weight, out)
         return out
 
     def _statistics(self, logits: Tensor, target: Tensor, scales: Tensor):
@@ -190,7 +169,7 @@ class _Head:
                 logits, y, scales, self.w_inverse, None, others, share, others, label, SOFTMAX
             )
             if dx_hat is not None:
-                dx_hat[part] = _back_product(logits, self.weight)
+                dx_hat[part] = back_product(logits, self.weight)
             if need_weight:
                 operand = x_hat.to(self.dtype)
                 if self.dtype != x_hat.dtype:
@@ -265,17 +244,6 @@ def _reference_losses(x, weight, target, scale, margin, extra) -> Tensor:
     rest = torch.where(other, scale * cosine, float("-inf")).logsumexp(1)
     gap = scale * picked - _log_sum(scale, rest, extra)
     return torch.where(target >= 0, -F.logsigmoid(gap), 0.0)
-
-
-def _rounded(t: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """t * factor rounded to dtype, some rows at a time: with `out=` torch would make a whole product first."""
-    out = torch.empty_like(t, dtype=dtype)
-    if t.dim() == 0:
-        return out.copy_(t * factor)
-    for first in range(0, t.shape[0], COLUMNS):
-        part = slice(first, first + COLUMNS)
-        out[part] = t[part] * factor
-    return out
 
 
 def _row_weights(target: Tensor, reduction: str, dtype: torch.dtype) -> Tensor:
@@ -353,7 +321,7 @@ class _NormalizedSoftmax(torch.autograd.Function):
             elif factor is None or t.dtype == like.dtype:
                 out.append((t if factor is None else t.mul_(factor)).to(like.dtype))
             else:
-                out.append(_rounded(t, factor, like.dtype))
+                out.append(rounded(t, factor, like.dtype))
         dx, dweight, dextra, dscale = out
         if isinstance(margin, MadaCos):
             dscale = None
