@@ -12,6 +12,7 @@ from torch.utils import _pytree
 from .. import _check
 from .._route import without_autocast
 from .plan import transport_plan, valid_cost, within
+from .plan_apply import plan_apply
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,8 @@ class SinkhornResult:
         """P v, the plan applied to a function on the columns. Differentiable in v and the problem.
 
         Shapes: v (..., m) -> (..., n), or v (..., m, d) -> (..., n, d), (...) the batch, or no batch: one v for
-        every problem. A v of as many dimensions as g is taken as (..., m).
+        every problem. A v of as many dimensions as g is taken as (..., m). A large plan is made and used a block of
+        rows at a time, backward too: it is never stored.
 
         Raises:
             ValueError, TypeError: v has neither shape, or another device or precision than the plan.
@@ -97,11 +99,21 @@ class SinkhornResult:
             raise ValueError(
                 f"v: expected shape {(*batch, count)} or {(*batch, count, 'd')}, got {tuple(v.shape)}"
             )
-        plan = self.plan()
-        _check.like("v", v, tuple(v.shape), plan, "the plan")
-        v = self._inside((v.unsqueeze(-1) if vector else v).to(plan.dtype), side)
-        with without_autocast(plan):
-            out = (plan if side == 1 else plan.mT) @ v
+        cost, a, b = self._problem
+        _check.like("v", v, tuple(v.shape), cost, "the plan")
+        v = self._inside((v.unsqueeze(-1) if vector else v).to(cost.dtype), side)
+        out = plan_apply(
+            cost,
+            a,
+            b,
+            self.f.reshape(a.shape),
+            self.g.reshape(b.shape),
+            v if v.dim() == 2 else v.reshape(cost.shape[0], *v.shape[-2:]),
+            self._epsilon,
+            self._lengths,
+            side == 0,
+        )
+        out = out.reshape(*batch, *out.shape[-2:])
         return out.squeeze(-1) if vector else out
 
     def _inside(self, v: Tensor, side: int) -> Tensor:
