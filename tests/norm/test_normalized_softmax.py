@@ -11,6 +11,7 @@ from helpers import DEVICE, DTYPES, double, randn, relative_error
 
 import solera
 from solera.norm import (
+    _widened,
     adaface,
     arcface,
     batch_negatives,
@@ -18,7 +19,6 @@ from solera.norm import (
     madacos,
     normalized_softmax_cross_entropy,
 )
-from solera.norm import _widened
 from solera.norm import normalized_softmax as core
 
 

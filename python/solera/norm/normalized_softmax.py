@@ -173,8 +173,8 @@ class _Head:
             if need_weight:
                 operand = x_hat.to(self.dtype)
                 if self.dtype != x_hat.dtype:
-                    product = (logits.t() @ operand).to(x_hat.dtype)
-                    dweight = product if dweight is None else dweight.add_(product)
+                    grown = (logits.t() @ operand).to(x_hat.dtype)
+                    dweight = grown if dweight is None else dweight.add_(grown)
                 elif dweight is None:
                     dweight = logits.t() @ operand
                 else:
