@@ -33,6 +33,6 @@ def in_two_ranks(function, tensors):
         for worker in workers:
             worker.start()
         for worker in workers:
-            worker.join(60)
+            worker.join(240)  # each imports torch, on a machine that may be busy
         assert [worker.exitcode for worker in workers] == [0, 0]
         return results[0], results[1]
