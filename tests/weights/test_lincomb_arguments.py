@@ -96,7 +96,9 @@ def test_lists_of_coefficients_seen_before():
     for _ in range(2):
         assert torch.equal(lincomb([a, b], [1.0, 3.0]), 7 * a)
         assert torch.equal(lincomb([a, b], [1, 3]), 7 * a)  # equal numbers, the same tensor
-        assert lincomb([a], [-0.0])[0].signbit() and not lincomb([a], [0.0])[0].signbit()
+        for zero in (0.0, -0.0):  # told apart as in a tensor, which is never looked up
+            want = lincomb([a], torch.tensor([zero], device=DEVICE))
+            assert torch.equal(lincomb([a], [zero]).signbit(), want.signbit())
         assert lincomb([a], [float("nan")]).isnan().all()
         with pytest.raises(ValueError, match=r"coefficients: expected shape \(3,\)"):
             lincomb([a, a, b], [1.0, 3.0])
