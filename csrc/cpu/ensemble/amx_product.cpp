@@ -82,33 +82,23 @@ SOLERA_INLINE void multiply_block(const void* rows, const void* rest, int64_t st
   const int64_t dense = 64;
   SOLERA_TILE_ZERO(0);
   SOLERA_TILE_ZERO(1);
-  if (half) {
-    for (const char* a = (const char*)rows; a; a = a == rows ? (const char*)rest : nullptr) {
-      const char* b = (const char*)columns;
-      for (int64_t k = 0; k < blocks; ++k, b += 2 * kBlock) {
-        SOLERA_TILE_LOAD(4, a + k * next, step);
-        SOLERA_TILE_LOAD(6, b, dense);
-        SOLERA_TILE_PRODUCT(0, 4, 6);
-        SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
-        SOLERA_TILE_PRODUCT(1, 4, 7);
-      }
+  SOLERA_TILE_ZERO(2);
+  SOLERA_TILE_ZERO(3);
+  for (const char* a = (const char*)rows; a; a = a == rows ? (const char*)rest : nullptr) {
+    const char* b = (const char*)columns;
+    for (int64_t k = 0; k < blocks; ++k, b += 2 * kBlock) {
+      SOLERA_TILE_LOAD(4, a + k * next, step);
+      SOLERA_TILE_LOAD(6, b, dense);
+      SOLERA_TILE_PRODUCT(0, 4, 6);
+      SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
+      SOLERA_TILE_PRODUCT(1, 4, 7);
+      if (half) continue;
+      SOLERA_TILE_LOAD(5, a + k * next + second, step);
+      SOLERA_TILE_PRODUCT(2, 5, 6);
+      SOLERA_TILE_PRODUCT(3, 5, 7);
     }
-  } else {
-    SOLERA_TILE_ZERO(2);
-    SOLERA_TILE_ZERO(3);
-    for (const char* a = (const char*)rows; a; a = a == rows ? (const char*)rest : nullptr) {
-      const char* b = (const char*)columns;
-      for (int64_t k = 0; k < blocks; ++k, b += 2 * kBlock) {
-        SOLERA_TILE_LOAD(4, a + k * next, step);
-        SOLERA_TILE_LOAD(6, b, dense);
-        SOLERA_TILE_PRODUCT(0, 4, 6);
-        SOLERA_TILE_LOAD(7, b + 2 * kRegister, dense);
-        SOLERA_TILE_PRODUCT(1, 4, 7);
-        SOLERA_TILE_LOAD(5, a + k * next + second, step);
-        SOLERA_TILE_PRODUCT(2, 5, 6);
-        SOLERA_TILE_PRODUCT(3, 5, 7);
-      }
-    }
+  }
+  if (!half) {
     SOLERA_TILE_STORE(2, sums + 512, 128);
     SOLERA_TILE_STORE(3, sums + 528, 128);
   }

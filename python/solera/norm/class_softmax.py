@@ -40,6 +40,7 @@ def suits(x: Tensor, weight: Tensor) -> bool:
 
 
 def padded(rows: int) -> int:
+    """The rows of a class's kept cosines: those of x, up to the next multiple of LANES."""
     return -(-rows // LANES) * LANES
 
 

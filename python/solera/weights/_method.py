@@ -38,6 +38,7 @@ def numbers(owner: object, name: str, value: Any) -> None:
 
 
 def within(name: str, value: float, low: float, high: float) -> None:
+    """value is a number in [low, high], or a ValueError names the argument."""
     if not isinstance(value, int | float) or not low <= value <= high:
         raise ValueError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
 
