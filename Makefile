@@ -94,13 +94,14 @@ dist: build
 build: $(VENV)/.ready
 	SOLERA_WERROR=1 $(PY) setup.py -q build_ext --inplace
 
-# torch alone and first: what comes after finds it there and, held by the constraint, brings no other.
+# torch alone and first: what comes after finds it there and, held by the constraint, brings no other. The version is
+# the package's: the default index's torch calls itself 2.13.0+cu130 where its package is 2.13.0.
 $(TORCH_STAMP):
 	test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	rm -f $(VENV)/.torch-* $(VENV)/.ready
 	$(PIP) "setuptools>=77" wheel
 	$(PIP) $(PIP_ARGS) $(TORCH)
-	$(PY) -c "import torch; print(f'torch=={torch.__version__}')" > $(VENV)/constraints.txt
+	$(PY) -c "from importlib.metadata import version; print('torch==' + version('torch'))" > $(VENV)/constraints.txt
 	touch $@
 
 # SOLERA_NO_CPP: the library is built by the target `build`, in place, where its objects are kept.
