@@ -58,10 +58,14 @@ def test_threshold_gate():
 
 
 def test_threshold_balance_follows_the_authors_code():
-    over = threshold_gate(randn(30, 4, dtype=torch.float64), randn(30, dtype=torch.float64))[1]
-    active = (over > 0).double()
-    want = 4 * (active.sum(0) / active.sum() * over.mean(0)).sum()
-    torch.testing.assert_close(threshold_balance_loss(over), want)
+    z, t = randn(30, 4, dtype=torch.float64), randn(30, dtype=torch.float64)
+    want = 0.0
+    for e in range(
+        4
+    ):  # the share of the tokens that take e, not of the choices; the mean of p - tau, not of p
+        over = z.softmax(-1)[:, e] - torch.sigmoid(t) / 4
+        want += 4 * (over >= 0).double().mean() * over.mean()
+    torch.testing.assert_close(threshold_balance_loss(threshold_gate(z, t)[1]), want)
 
 
 def test_adamole_layer():
@@ -71,13 +75,16 @@ def test_adamole_layer():
     x, weight, a, b, router, tau = (randn(*s, dtype=torch.float64, grad=True) for s in shapes)
     w, over = threshold_gate(x @ router.T, x @ tau.T)
     y = moe_lora_linear(x, weight, a, b, w, scaling=2.0)
+    gap = (x @ router.T).softmax(-1) - torch.sigmoid(x @ tau.T) / E
+    kept = gap.clamp(min=0)
+    gates = kept / kept.sum(1, keepdim=True)
     each = torch.einsum("ti,eri,eor->teo", x, a, b)
-    want = x @ weight.T + 2 * (w.unsqueeze(-1) * each).sum(1)
+    want = x @ weight.T + 2 * (gates.unsqueeze(-1) * each).sum(1)
     torch.testing.assert_close(y, want)
     leaves = (x, weight, a, b, router, tau)
-    loss = lambda y: y.square().sum() + threshold_balance_loss(over)
-    mine = torch.autograd.grad(loss(y), leaves, retain_graph=True)
-    torch.testing.assert_close(mine, torch.autograd.grad(loss(want), leaves))
+    mine = torch.autograd.grad(y.square().sum() + threshold_balance_loss(over), leaves)
+    balance = E * ((gap >= 0).double().mean(0) * gap.mean(0)).sum()
+    torch.testing.assert_close(mine, torch.autograd.grad(want.square().sum() + balance, leaves))
 
 
 def test_goat_layer():
