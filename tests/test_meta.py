@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers import randn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from solera import ensemble, norm
 
@@ -47,3 +48,28 @@ def test_meta(name, autocast):
     assert got.is_meta and got.shape == want.shape
     if not autocast:  # torch has no autocast for the meta device
         assert got.dtype == want.dtype
+
+
+INDEX, OFFSETS = torch.tensor([1, -1, 0]), torch.tensor([0, 1, 3])
+FAKE = {
+    "cross_entropy": lambda t, y: ensemble.ensemble_cross_entropy(t(3, 2, 5), y(labels(3))),
+    "diversity": lambda t, y: ensemble.diversity_loss(t(3, 2, 5), y(labels(3)), 0.1).loss,
+    "el2n": lambda t, y: ensemble.el2n(t(3, 2, 5), y(labels(3))),
+    "mixture": lambda t, y: ensemble.mixture_nll(t(2, 1, 3, 5), y(labels(3)[None]), t(2)).nll,
+    "lora": lambda t, y: ensemble.multi_lora_linear(
+        t(3, 4), t(5, 4), t(2, 2, 4), t(2, 5, 2), index=y(INDEX)
+    ),
+    "adapter": lambda t, y: ensemble.batched_adapter(t(3, 4), t(2, 2, 4), t(2, 4, 2), y(INDEX)),
+    "descriptions": lambda t, y: ensemble.segment_similarity(t(3, 4), t(3, 4), y(OFFSETS), "lse"),
+    "gaussian": lambda t, y: ensemble.gda_head(t(3, 4), t(4, 4), 5)[1],
+}
+
+
+@pytest.mark.parametrize("name", FAKE)
+def test_fake_tensors_have_no_values_to_check(name):
+    positive = lambda t: t @ t.mT + torch.eye(4) if t.shape == (4, 4) else t
+    want = FAKE[name](lambda *shape: positive(randn(*shape).cpu()), lambda y: y)
+    with FakeTensorMode() as mode:
+        made = lambda t: mode.from_tensor(t)
+        got = FAKE[name](lambda *shape: made(torch.empty(*shape)), made)
+    assert got.shape == want.shape and got.dtype == want.dtype

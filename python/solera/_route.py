@@ -15,6 +15,7 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 BACKENDS = ("auto", "reference")
@@ -66,6 +67,16 @@ def needs_graph(*tensors: torch.Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def readable(t: torch.Tensor) -> bool:
+    """Whether checks may look at the values of t: an eager CPU tensor that holds any, outside torch.func."""
+    return (
+        t.is_cpu
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not isinstance(t, FakeTensor)
+    )
 
 
 def autocast_dtype(x: torch.Tensor) -> torch.dtype | None:

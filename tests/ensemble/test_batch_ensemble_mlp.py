@@ -327,6 +327,11 @@ BAD = [
     ({"layers": [L[0], ((2, 5), (2, 5), None, None)]}, ValueError, r"layers\[1\] r: expected"),
     ({"layers": [((5, 6), None, None, (5,))]}, ValueError, "does not tell the number of members"),
     ({"layers": [((5, 6), [1.0], None, (3, 5))]}, TypeError, r"layers\[0\] r: expected"),
+    (
+        {"layers": [L[0], ((2, 5), None, None, (3,))]},
+        ValueError,
+        r"layers\[1\] bias: expected shape",
+    ),
     ({"activation": "tanh"}, ValueError, "activation: expected one of"),
     ({"activation": ["relu"]}, ValueError, "activation: expected one for each of the 2 layers"),
     ({"dropout_p": 1.5}, ValueError, r"dropout_p: expected a finite number in \[0, 1\]"),

@@ -81,10 +81,13 @@ def test_a_broken_row_does_not_leak():
     assert out.isfinite().all(1).sum() == 3 - cascade.report.rows[1]
 
 
-def test_cascade_trains_what_ran_and_copies():
-    models, x = members(2), randn(20, 6, dtype=F64)
-    cascade = Cascade(models, [(-INF, 0.5)])
-    want, _ = by_rows(models, [(-INF, 0.5)], x, "msp")
+@pytest.mark.parametrize("combine", ["logit", "probability"])
+@pytest.mark.parametrize("how", ["mean", "replace"])
+def test_cascade_trains_what_ran_and_copies(how, combine):
+    models, x = members(3), randn(20, 6, dtype=F64)
+    windows = [(-INF, 0.7), (-INF, 0.6)]
+    cascade = Cascade(models, windows, combine=combine, how=how)
+    want, _ = by_rows(models, windows, x, "msp", combine, how)
     weights = [m.weight for m in models]
     ours = torch.autograd.grad(cascade(x).square().sum(), weights)
     torch.testing.assert_close(ours, torch.autograd.grad(want.square().sum(), weights))

@@ -419,7 +419,7 @@ BAD = [
     (lambda: W(randn(8), ALPHA, BETA), ValueError, "H: expected at least 2"),
     (lambda: W(randn(3, 17, 8), ALPHA, BETA), ValueError, "H: expected 1 to 16 streams"),
     (lambda: W(H0, ALPHA.T, BETA), ValueError, r"alpha: expected shape \(4, 5\)"),
-    (lambda: W(H0, ALPHA, ALPHA), ValueError, r"beta_static: expected shape \(4,\)"),
+    (lambda: W(H0, ALPHA, ALPHA), ValueError, r"^beta: expected shape \(4,\) to go with H "),
     (lambda: W(H0, ALPHA.double(), BETA), TypeError, "alpha: float64"),
     (lambda: W(H0, ALPHA, BETA, WA), ValueError, "beta_weight: expected beside"),
     (lambda: W(H0, ALPHA, BETA, WB, WB), ValueError, r"alpha_weight: expected shape \(8, 5\)"),
@@ -440,7 +440,21 @@ BAD = [
         TypeError,
         "out: expected",
     ),
-    (lambda: hyper_connection_depth(randn(3, 8), H0, randn(4)), ValueError, "beta: expected shape"),
+    (
+        lambda: hyper_connection_depth(randn(3, 8), H0, randn(4)),
+        ValueError,
+        r"^beta: expected shape \(3, 4\) to go with H_r ",
+    ),
+    (
+        lambda: hyper_connection_depth_width(randn(3, 8), H0, randn(4), ALPHA, BETA),
+        ValueError,
+        r"^out_beta: expected shape \(3, 4\) to go with H_r ",
+    ),
+    (
+        lambda: hyper_connection_depth_width(randn(3, 8), H0, randn(3, 4), ALPHA.T, BETA),
+        ValueError,
+        r"^alpha: expected shape \(4, 5\) to go with H_r ",
+    ),
     (
         lambda: manifold_connection(H0, WA, BETA, randn(3)),
         ValueError,

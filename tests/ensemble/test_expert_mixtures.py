@@ -232,6 +232,12 @@ def test_simple_and_scalable_knn_mt():
     torch.testing.assert_close(
         torch.autograd.grad(found, (logits, d), g), torch.autograd.grad(want, (logits, d), g)
     )
+    near = d.detach()[:2], logits.detach()[:2], ids[:2]  # row 2 lies on a corner of lambda
+    mix = lambda d: knn_mix_log_probs(near[1], near[2], d, tau=10.0, temperature=4.0)
+    direction, h = randn(2, 3, dtype=F64), 1e-6
+    _, tangent = torch.func.jvp(mix, near[:1], (direction,))
+    numeric = (mix(near[0] + h * direction) - mix(near[0] - h * direction)) / (2 * h)
+    torch.testing.assert_close(tangent, numeric, rtol=1e-6, atol=1e-8)
 
 
 def test_bad_input():

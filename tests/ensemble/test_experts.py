@@ -93,11 +93,19 @@ def test_moe_compiles():
     compiles(lambda *t: moe_ffn(*t, 2), lambda size: experts(size, 3, 4, 2, torch.float32))
 
 
+def test_no_tokens():
+    x, logits, w1, w2 = experts()
+    y = moe_ffn(x[:0], logits[:0], w1, w2, 2)
+    assert y.shape == (0, 8)
+    assert not any(g.any() for g in torch.autograd.grad(y.sum(), (w1, w2)))
+
+
 def test_bad_experts():
     x, logits, w1, w2 = (t.detach() for t in experts())
     for changes, message in (
         ({"router_logits": logits[:, :4]}, r"router_logits: expected shape \(20, 5\)"),
-        ({"top_k": 6}, r"k: expected an int in \[1, 5\]"),
+        ({"top_k": 6}, r"^top_k: expected an int in \[1, 5\]"),
+        ({"top_k": 0}, r"^top_k: expected an int in \[1, 5\]"),
         ({"w2": w2[:, :, :5]}, r"w2: expected shape \(5, 8, 6\)"),
         ({"shared": x[:5]}, r"shared: expected shape \(20, 8\)"),
         ({"gates": logits}, "index: expected index and gates together"),

@@ -144,6 +144,14 @@ def test_boosted_networks_against_the_papers_formula(activation):
     same_gradients(boosted_mlp(*tensors, activation=activation), stages[-1], tensors)
     staged = boosted_mlp(*tensors, activation=activation, staged=True)
     same_gradients(staged, torch.stack(stages), tensors)
+    half = x.detach().bfloat16()
+    parameters = [t.detach().float() for t in tensors[1:]]
+    exact = boosted_mlp(half.double(), *tensors[1:], activation=activation, staged=True)
+    for given, autocast in ((half, False), (half.float(), True)):
+        with torch.autocast(half.device.type, torch.bfloat16, autocast):
+            got = boosted_mlp(given, *parameters, activation=activation, staged=True)
+        assert got.dtype == torch.bfloat16
+        assert (got.double() - exact).norm() <= 0.02 * exact.norm()
     target = torch.arange(7, device=DEVICE) % 5
     (g,) = torch.autograd.grad(F.cross_entropy(stages[-1], target, reduction="sum"), stages[-1])
     torch.testing.assert_close(pseudo_residuals(stages[-1], target), -g)

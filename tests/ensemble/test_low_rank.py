@@ -68,6 +68,12 @@ def test_melora_merged_is_the_same_layer_and_differentiates():
     differentiates_in_one_direction(
         lambda *t: melora_linear(*t[:4], bias=t[4]), melora(rows=2, n=2, r=1, inner=4, out=4)
     )
+    with pytest.raises(ValueError, match=r"scaling: expected shape \(\d+,\) to go with weight of"):
+        melora_merge_(
+            torch.zeros(8, 6), torch.zeros(2, 2, 3), torch.zeros(2, 4, 2), scaling=torch.ones(3)
+        )
+    with pytest.raises(TypeError, match=r"b: float64 with weight of torch\.float32"):
+        melora_merge_(torch.zeros(8, 6), torch.zeros(2, 2, 3), torch.zeros(2, 4, 2).double())
     with pytest.raises(ValueError, match="a: expected shape"):
         melora_linear(x, weight, randn(5, 2, 3, dtype=torch.float64), b)
     with pytest.raises(ValueError, match="b: expected shape"):
@@ -107,6 +113,12 @@ def test_hydra_merged_is_the_same_layer_and_differentiates():
     differentiates_in_one_direction(
         lambda *t: hydra_linear(*t[:6], bias=t[6]), hydra(rows=2, inner=2)
     )
+    with pytest.raises(
+        ValueError, match=r"bias: expected shape \(\d+,\) to go with weight of shape"
+    ):
+        hydra_merge(
+            *(torch.zeros(s) for s in ((8, 6), (2, 6), (8, 2), (3, 8), (8, 3))), bias=torch.zeros(7)
+        )
     with pytest.raises(ValueError, match="a_sequential: expected shape"):
         hydra_linear(*tensors[:4], tensors[2], tensors[5])
     with pytest.raises(ValueError, match="b_parallel: expected rank 2"):
@@ -127,6 +139,10 @@ def test_adapter_bank(uniform, dtype):
 
     ours = lambda *t: adapter_bank_mix(*t, activation="gelu")
     agrees_with_formula(ours, formula, (h, down, up, omega), allowed=3e-7)
+    with pytest.raises(ValueError, match=r"down: expected shape \(3, 2, 6\) to go with h of shape"):
+        adapter_bank_mix(
+            torch.zeros(5, 6), torch.zeros(3, 2, 7), torch.zeros(3, 6, 2), torch.zeros(3)
+        )
     with pytest.raises(ValueError, match="omega: expected shape"):
         adapter_bank_mix(h, down, up, randn(S + 1, dtype=dtype))
 

@@ -297,6 +297,22 @@ def test_score_ensemble_and_its_teacher():
     close(score_ensemble(u[:, None], weights.tolist(), norm="none")[0], weights @ u)
 
 
+@pytest.mark.parametrize("norm", ["minmax", "zscore"])
+def test_equal_scores_count_nothing_and_nan_shows(norm):
+    t = randn(2, 3, 5, dtype=torch.float32)
+    t[0, 1] = 0.1  # whose mean over five is not 0.1 in float32
+    want = score_ensemble(t[:, 1:2], [0.0, 1.0], norm=norm)
+    leaf = t.clone().requires_grad_()
+    got = score_ensemble(leaf, [1.0, 1.0], norm=norm)
+    close(got[1:2], want)
+    (grad,) = torch.autograd.grad(got.square().sum(), leaf)
+    assert grad.isfinite().all() and not grad[0, 1].any()
+    t[1, 2, 3] = float("nan")
+    assert torch.equal(
+        score_ensemble(t, norm=norm).isnan().any(1).cpu(), torch.tensor([False, False, True])
+    )
+
+
 def test_weighted_vote_is_the_naive_bayes_posterior():
     scores = torch.rand(4, 3, 5, dtype=torch.float64, device=DEVICE)
     hit, false, prior = torch.rand(5).double(), torch.rand(5).double(), 0.3

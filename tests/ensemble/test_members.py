@@ -127,6 +127,15 @@ def test_requires_grad_follows_and_pickles():
     assert torch.equal(ensemble_mlp(x, copy.deepcopy(members)), ensemble_mlp(x, members))
 
 
+def test_every_activation_pickles():
+    made = lambda: nn.Sequential(nn.Linear(6, 5), nn.GELU("tanh"), nn.Linear(5, 2)).to(DEVICE)
+    modules = [made() for _ in range(3)]
+    members, x = stack_members(modules), randn(5, 6)
+    again = pickle.loads(pickle.dumps(members))
+    assert torch.equal(ensemble_mlp(x, again), ensemble_mlp(x, members))
+    torch.testing.assert_close(ensemble_mlp(x, again), torch.stack([m(x) for m in modules], 1))
+
+
 def test_exact_learning_of_permutations_is_the_mean_of_two_layer_networks():
     """F(x) = (1/M) sum_m W2_m relu(W1_m x) on binary inputs, rounded."""
     w1, w2 = randn(7, 16, 5, dtype=torch.float64), randn(7, 5, 16, dtype=torch.float64)

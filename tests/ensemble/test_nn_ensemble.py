@@ -3,6 +3,7 @@
 import copy
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from helpers import DEVICE, assert_accurate, randn
@@ -93,7 +94,7 @@ def test_from_linear_and_bad_arguments():
     linear = torch.nn.Linear(7, 5, bias=False, dtype=torch.float64)
     made = nn.LinearBatchEnsemble.from_linear(linear, k=2, scaling_init="ones")
     assert made.weight.dtype == torch.float64 and made.bias is None and made.weight.shape == (5, 7)
-    assert nn.LinearEnsemble.from_linear(linear, k=2).weight.shape == (2, 7, 5)
+    assert nn.LinearEnsemble.from_linear(linear, k=np.int64(2)).weight.shape == (2, 7, 5)
     with pytest.raises(ValueError, match="k: expected"):
         nn.LinearEnsemble(7, 5, k=0)
     with pytest.raises(TypeError, match="in_features: expected"):

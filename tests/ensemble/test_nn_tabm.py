@@ -2,6 +2,7 @@
 
 import copy
 import doctest
+import inspect
 import io
 import pickle
 import warnings
@@ -20,8 +21,10 @@ pytestmark = (
 
 NAMES = (
     "BatchNorm1dEnsemble", "ElementwiseAffine", "EnsembleView", "LayerNormEnsemble",
-    "LinearBatchEnsemble", "LinearEnsemble", "MLPBackboneBatchEnsemble", "MLPBackboneEnsemble",
-    "MLPBackboneMiniEnsemble", "TabM",
+    "LinearBatchEnsemble", "LinearEnsemble", "MLPBackbone", "MLPBackboneBatchEnsemble",
+    "MLPBackboneEnsemble", "MLPBackboneEnsembleBase", "MLPBackboneMiniEnsemble", "TabM",
+    "batchensemble_linear_layers_", "ensemble_batchnorm1d_layers_", "ensemble_layernorm_layers_",
+    "ensemble_linear_layers_", "ensemble_view", "init_scaling_", "make_tabm_backbone",
 )  # fmt: skip
 BACKBONE = {"d_in": 7, "n_blocks": 3, "d_block": 12, "dropout": 0.0, "k": 4}
 START = {"tabm_init": True, "scaling_init": "normal", "start_scaling_init_chunks": [3, 4]}
@@ -32,6 +35,8 @@ CASES = {
     "batch_norm_plain": ("BatchNorm1dEnsemble", (7,), {"k": 4, "affine": False, "momentum": 0.3}),
     "layer_norm": ("LayerNormEnsemble", (7,), {"k": 4}),
     "layer_norm_2d": ("LayerNormEnsemble", ((4, 7),), {"k": 1}),
+    "layer_norm_bias": ("LayerNormEnsemble", (7,), {"k": 4, "bias": False}),
+    "backbone": ("MLPBackbone", (), {n: v for n, v in BACKBONE.items() if n != "k"}),
     "packed": ("MLPBackboneEnsemble", (), BACKBONE),
     "mini": ("MLPBackboneMiniEnsemble", (), {**BACKBONE, **MINI, "activation": "SiLU"}),
     "batch": ("MLPBackboneBatchEnsemble", (), {**BACKBONE, **START}),
@@ -91,7 +96,8 @@ def test_module_is_tabms(case):
             6, 1 if case == "layer_norm_2d" else 4, *((4, 7) if case == "layer_norm_2d" else (7,))
         ),
     )
-    if hasattr(theirs, "get_original_output_shape"):
+    if isinstance(theirs, tabm.MLPBackboneEnsembleBase):
+        assert isinstance(ours, nn.MLPBackboneEnsembleBase)
         assert ours.get_original_output_shape() == theirs.get_original_output_shape()
         shared = randn(6, 7).unsqueeze(1).expand(-1, 4, -1)
         assert_accurate(ours(shared), theirs.double()(shared.double()), theirs.float()(shared))
@@ -112,10 +118,63 @@ def test_whole_model_is_tabms(arch, categories):
     same_values(ours, theirs, *inputs)
     own = [x.unsqueeze(1).repeat(1, 3, 1) for x in inputs]  # a batch for each member
     torch.testing.assert_close(ours(*own), theirs(*own))
+    assert ours(*(x[:0] for x in own)).shape == (0, 3, 2)
     folded = ours.eval().fold_for_inference()
     torch.testing.assert_close(folded(*inputs), ours(*inputs))
     assert torch.equal(pickle.loads(pickle.dumps(ours))(*inputs), ours(*inputs))
     assert "LinearEnsemble" in repr(copy.deepcopy(ours))
+
+
+def test_all_public_names_take_tabms_arguments():
+    public = [n for n, v in vars(tabm).items() if getattr(v, "__module__", "") == "tabm"]
+    functions = [n for n in public if not n.startswith("_") and not n.endswith("Kwargs")]
+    assert sorted(functions) == sorted(NAMES)
+    for name in NAMES:
+        theirs, ours = getattr(tabm, name), getattr(nn, name)
+        calls = [(theirs, ours)]
+        if inspect.isclass(theirs):
+            methods = [m for c in theirs.__mro__ if c.__module__ == "tabm" for m in vars(c)]
+            calls = [(getattr(theirs, m), getattr(ours, m)) for m in methods if m[0] != "_"]
+            calls.append((theirs.__init__, ours.__init__))
+        for old, new in calls:
+            if not callable(old):
+                continue
+            parameters = inspect.signature(new).parameters.values()
+            open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters)
+            found = {p.name: p.default for p in parameters}
+            for p in inspect.signature(old).parameters.values():
+                if p.kind is not p.VAR_KEYWORD and p.name != "options":
+                    assert found[p.name] == p.default if p.name in found else open_ended, (name, p)
+
+
+def test_functions_are_tabms():
+    def network():
+        layers = torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.LayerNorm(5)
+        return torch.nn.Sequential(*layers, torch.nn.Sequential(torch.nn.Linear(5, 2)))
+
+    made = []
+    for package in (nn, tabm):
+        torch.manual_seed(4)
+        net = network()
+        package.batchensemble_linear_layers_(net, include=[net[0]], k=3, scaling_init="normal")
+        package.ensemble_linear_layers_(net, exclude=[], k=3)
+        package.ensemble_batchnorm1d_layers_(net, k=3)
+        package.ensemble_layernorm_layers_(net, k=3)
+        chunks = package.init_scaling_(torch.empty(2, 5), "normal", [2, 3])
+        backbone = package.make_tabm_backbone(
+            **BACKBONE, start_scaling_init="random-signs", start_scaling_init_chunks=[3, 4]
+        )
+        made.append((net, backbone, chunks))
+    (ours, backbone, chunks), (theirs, other, their_chunks) = made
+    assert torch.equal(chunks, their_chunks)
+    same_start(ours, theirs)
+    same_start(backbone, other)
+    members = ours[3][0].weight
+    assert not torch.equal(members[0], members[1])  # drawn anew: copies would stay copies
+    x = torch.randn(8, 6)
+    view = nn.ensemble_view(x, 3, True)
+    torch.testing.assert_close(ours(view), theirs(view))
+    assert view.data_ptr() == x.data_ptr() and view.shape == (8, 3, 6)
 
 
 def test_embeddings_and_defaults():
@@ -168,6 +227,13 @@ def test_hooks_and_replaced_layers_are_respected():
     ours.blocks[1][1].register_forward_hook(lambda module, args, out: seen.append(out))
     torch.testing.assert_close(ours(x), want)
     assert len(seen) == 1
+    ours.blocks[1][1]._forward_hooks.clear()
+    everyone = torch.nn.modules.module.register_module_forward_hook(lambda *a: seen.append(a[0]))
+    try:
+        torch.testing.assert_close(ours(x), want)
+    finally:
+        everyone.remove()
+    assert ours.blocks[0][0] in seen
     ours.blocks[0] = torch.nn.Sequential(ours.blocks[0][0], torch.nn.Tanh(), torch.nn.Dropout(0))
     theirs.blocks[0] = torch.nn.Sequential(
         theirs.blocks[0][0], torch.nn.Tanh(), torch.nn.Dropout(0)
@@ -189,7 +255,7 @@ def test_tabms_own_examples_run_with_these_classes(monkeypatch):
             if test.examples:
                 runner.run(test, out=said.write)
                 ran += 1
-    assert ran >= 9 and runner.failures == 0, said.getvalue()
+    assert ran >= 11 and runner.failures == 0, said.getvalue()
 
 
 class ORIGINALS:
@@ -202,11 +268,10 @@ for _name in NAMES:
 
 def test_from_torchs_layers_copies_values():
     linear, x = torch.nn.Linear(7, 5), torch.randn(6, 3, 7)
-    made = nn.LinearBatchEnsemble.from_linear(linear, k=3, scaling_init="ones")
+    made = nn.LinearBatchEnsemble.from_linear(linear, k=3, scaling_init="ones", copy=True)
     torch.testing.assert_close(made(x), linear(x))
-    torch.testing.assert_close(nn.LinearEnsemble.from_linear(linear, k=3)(x), linear(x))
-    fresh = nn.LinearEnsemble.from_linear(linear, k=3, copy=False)
-    assert not torch.equal(fresh.weight[0], fresh.weight[1])
+    copies = nn.LinearEnsemble.from_linear(linear, k=3, copy=True)
+    torch.testing.assert_close(copies(x), linear(x))
     norm = torch.nn.LayerNorm(7)
     torch.nn.init.normal_(norm.weight)
     torch.testing.assert_close(nn.LayerNormEnsemble.from_layernorm(norm, k=3)(x), norm(x))
@@ -236,6 +301,17 @@ BAD = [
     (lambda: nn.TabM.make(n_num_features=2, d_out=1, num_embeddings=3), TypeError, "num_embeddings"),
     (lambda: nn.TabM.make(n_num_features=2, d_out=1, k=2)(), RuntimeError, "x_num: expected"),
     (lambda: nn.TabM.make(n_num_features=2, d_out=1, k=2)(torch.ones(3, 4)), RuntimeError, "x_num"),
+    (lambda: nn.TabM.make(n_num_features=2, d_out=1, k=2)([[1.0, 2.0]]), TypeError, "x_num: expected a torch"),
+    (lambda: nn.TabM.make(n_num_features=2, d_out=1, k=2)(torch.ones(3, 2).long()), TypeError, "x_num: exp"),
+    (lambda: nn.TabM.make(cat_cardinalities=[2], d_out=1, k=2)(None, torch.ones(3, 1)), TypeError, "x_cat: "),
+    (lambda: nn.init_scaling_(torch.ones(3), "zeros"), ValueError, "distribution: expected"),
+    (lambda: nn.init_scaling_(torch.ones(3), "normal", [2]), ValueError, "chunks: expected"),
+    (lambda: nn.ensemble_view(torch.ones(3), 2, True), ValueError, "x: expected shape"),
+    (lambda: nn.ensemble_linear_layers_(torch.nn.ReLU(), include=[], exclude=[], k=2), ValueError, "include: "),
+    (lambda: nn.ensemble_linear_layers_(torch.nn.ReLU(), include=[torch.nn.Tanh()], k=2), ValueError, "include.0"),
+    (lambda: nn.ensemble_linear_layers_(torch.nn.ReLU(), exclude=[torch.nn.Linear(1, 1)], k=2), ValueError, "excl"),
+    (lambda: nn.make_tabm_backbone(**BACKBONE, arch_type="tabm-packed", start_scaling_init=None,
+        start_scaling_init_chunks=[7]), ValueError, "start_scaling_init_chunks"),
 ]  # fmt: skip
 
 

@@ -176,6 +176,15 @@ def test_impossible_weights():
         got = smc_resample(torch.tensor(bad, device=DEVICE), x[:3], u=0.25)
         assert got.indices.tolist() == [0, 1, 2] and got.weights.isnan().all()
         assert got.ess.isnan() and got.log_z.isnan()
+    held = torch.tensor([0.3, -inf, 1.2, -inf, -0.7], device=DEVICE)
+    for backend in ("auto", "reference"):
+        with solera.backend(backend):
+            got = smc_resample(held, x[:5], u=0.25, center=True)
+            plain = smc_resample(held, x[:5], u=0.25)
+            whole = smc_resample(held, u=0.25, center=True, ess_threshold=0.1)
+        assert torch.equal(got.indices, plain.indices)
+        torch.testing.assert_close((got.weights, got.log_z), (plain.weights, plain.log_z))
+        torch.testing.assert_close(whole.log_weights, held - held[held > -inf].mean())
     big = smc_resample(torch.tensor([1e30, 1e30, -1e30], device=DEVICE), u=0.25)
     assert big.indices.tolist() == [0, 0, 1] or big.indices.tolist() == [0, 1, 1]
     empty = smc_resample(torch.zeros(0, device=DEVICE), x[:0])

@@ -52,6 +52,15 @@ def test_selection_never_is_empty():
     ]
 
 
+@pytest.mark.parametrize("kind", ["raw", "softmax", "select"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_weights_in_half_precision(kind, dtype):
+    a = torch.tensor([0.125, 1.0, 0.25, 0.375, 0.1875, 0.75], device=DEVICE)
+    got = prompt_weights(a.to(dtype), kind)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.float(), prompt_weights(a, kind), rtol=8e-3, atol=0)
+
+
 def described(x, t, offsets, reduce, normalize):
     if normalize:
         x, t = F.normalize(x, dim=1), F.normalize(t, dim=1)

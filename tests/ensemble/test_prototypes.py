@@ -134,6 +134,7 @@ LABELS = torch.zeros(5, device=DEVICE).long()
 BAD = [
     (lambda: cosine_logits(X[0], P), ValueError, "x: expected 2 dimensions"),
     (lambda: cosine_logits(X, P[:, 1:]), ValueError, "prototypes: expected shape"),
+    (lambda: cosine_route(X, P[:, 1:]), ValueError, "centroids: expected shape"),
     (lambda: cosine_route(X, P, 0), ValueError, "temperature: expected a positive"),
     (lambda: prototype_calibrate(X, P, 2.0), ValueError, "alpha: expected a finite number in"),
     (lambda: prototype_complement(X, P, P[1:]), ValueError, "new_in_new: expected shape"),

@@ -91,6 +91,12 @@ def test_member_mean_loss(own):
         member_mean_loss(p, values[:2], "mse")
     with pytest.raises(ValueError, match="loss: expected one of"):
         member_mean_loss(p, values, "hinge")
+    with pytest.raises(ValueError, match=r"prediction: expected shape \(B, K, C\)"):
+        member_mean_loss(p[..., 0], torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(TypeError, match="target: expected class numbers"):
+        member_mean_loss(p, torch.zeros(6))
+    with pytest.raises(TypeError, match=r"target: expected a torch\.Tensor"):
+        member_mean_loss(p, [0] * 6)
 
 
 def test_fold_for_inference():
@@ -104,6 +110,10 @@ def test_fold_for_inference():
     assert fold_for_inference(plain, members=4)[0][0].shape == (4, 5, 8)
     with pytest.raises(ValueError, match="members: expected"):
         fold_for_inference(plain)
+    with pytest.raises(ValueError, match="layers: expected a list"):
+        fold_for_inference([], members=3)
+    with pytest.raises(ValueError, match=r"layers\[0\] r: expected shape \(2, 5\)"):
+        fold_for_inference(layers, members=2)
 
 
 def test_encoder_based_domain_tuning():

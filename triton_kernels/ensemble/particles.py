@@ -114,11 +114,11 @@ def afdps_step_kernel(
 
 @triton.jit
 def resample_read_kernel(logw, sums, tops, count, B: tl.constexpr):
-    """Sum and maximum of a block of log weights."""
+    """Sum (of those above -inf) and maximum of a block of log weights."""
     block = tl.program_id(0)
     i = block * B + tl.arange(0, B)
     v = tl.load(logw + i, mask=i < count, other=0.0).to(tl.float64)
-    tl.store(sums + block, tl.sum(v, 0))
+    tl.store(sums + block, tl.sum(tl.where(v == float("-inf"), 0.0, v), 0))
     tl.store(tops + block, tl.max(tl.where(i < count, v, float("-inf")), 0))
 
 
@@ -283,7 +283,9 @@ def smc_resample(logw, x, u, ess_threshold, center, clip):
     options = {"B": BLOCK, "num_warps": 4}
     with on_device_of(logw):
         resample_read_kernel[(blocks,)](logw, first, second, count, **options)
-        mean = first.sum() / count if center else first.new_zeros(())
+        mean = first.new_zeros(())
+        if center:
+            mean = first.sum() / (logw != -math.inf).sum().clamp(min=1)
         top = second.amax() - mean
         top = top.clamp(-clip, clip) if clip > 0 else top
         resample_weigh_kernel[(blocks,)](

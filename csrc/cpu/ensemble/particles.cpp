@@ -27,7 +27,7 @@ struct Resample {
   bool taken, usable;
 };
 struct ResampleChunk {
-  double sum, square, top;
+  double sum, square, top;  // of the first pass: square counts the weights of 0
 };
 constexpr int64_t kResampleChunk = 4096, kStepBlock = 2048;
 
@@ -150,20 +150,22 @@ SOLERA_INLINE double centred_value(const Resample& p, int64_t i) {
   return a > p.clip ? p.clip : (a < -p.clip ? -p.clip : a);
 }
 
-// The sum (for the mean) and the maximum.
+// The sum (for the mean) of the particles that count, the maximum, and how many do not (-inf).
 template <class T>
 ResampleChunk read(const Resample& p, int64_t begin, int64_t end) {
   constexpr int L = kLanes<T>;
   const T* logw = (const T*)p.logw + begin;
-  AccVec<T> top = splat(A<T>(-__builtin_inf())), sum{};
+  const AccVec<T> none = splat(A<T>(-__builtin_inf())), zero{}, one = splat(A<T>(1));
+  AccVec<T> top = none, sum{}, gone{};
   strips<L>(end - begin, [&](int64_t j, int n) {
     AccVec<T> v = get(logw + j, n);
-    sum += v;
+    sum += v == none ? zero : v;
+    gone += v == none ? one : zero;
     if (n != L)
       for (int i = n; i < L; ++i) v[i] = top[i];
     top = vmax(v, top);
   });
-  return {double(lane_sum(sum)), 0, double(lane_max(top))};
+  return {double(lane_sum(sum)), double(lane_sum(gone)), double(lane_max(top))};
 }
 
 // weights[i] = exp(a_i - max a); their sum and the sum of their squares.
@@ -447,12 +449,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> smc_resample(const Te
     });
   };
   each([&](int64_t c, int64_t b, int64_t e) { parts[c] = table.read[dtype](p, b, e); });
-  double sum = 0, top = -INFINITY, square = 0;
+  double sum = 0, top = -INFINITY, square = 0, held = double(count);
   for (const auto& part : parts) {
     sum += part.sum;
+    held -= part.square;
     top = std::max(top, part.top);
   }
-  p.mean = center && count > 0 ? sum / double(count) : 0;
+  p.mean = center && held > 0 ? sum / held : 0;
   p.top = top - p.mean;
   if (clip > 0) p.top = std::min(std::max(p.top, -clip), clip);
   each([&](int64_t c, int64_t b, int64_t e) { parts[c] = table.weigh[dtype](p, b, e); });

@@ -41,10 +41,12 @@ def check_input(x: object) -> Tensor:
     return x
 
 
-def check_bias(bias: Tensor, members: int, out: int, x: Tensor) -> None:
+def check_bias(
+    bias: Tensor, members: int, out: int, x: Tensor, name: str = "bias", x_name: str = "x"
+) -> None:
     """bias of shape (O,) or (K, O)."""
     one = isinstance(bias, Tensor) and bias.dim() == 1
-    _check.like("bias", bias, (out,) if one else (members, out), x)
+    _check.like(name, bias, (out,) if one else (members, out), x, x_name)
 
 
 def autocast(x: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ from .. import _check
 from .._activation import activate, delta_of
 from .._autograd import differentiable_vjp
 from .._registry import accumulate_type, reference
-from .._route import needs_graph, use_reference, without_autocast
+from .._route import needs_graph, readable, use_reference, without_autocast
 from ._members import activation_code, autocast, cast_grad, fresh
 
 _op = torch.ops.solera
@@ -214,7 +214,9 @@ def shared_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 # ---- checks ------------------------------------------------------------------------------------------
 
 
-def check_factors(a: object, b: object, x: Tensor, names: tuple[str, str] = ("a", "b")) -> None:
+def check_factors(
+    a: object, b: object, x: Tensor, names: tuple[str, str] = ("a", "b"), x_name: str = "x"
+) -> None:
     """a (E, r, I) and b (E, O, r) that go with x (..., I)."""
     a = _check.tensor(names[0], a, dim=3)
     b = _check.tensor(names[1], b, dim=3)
@@ -222,8 +224,8 @@ def check_factors(a: object, b: object, x: Tensor, names: tuple[str, str] = ("a"
         raise ValueError(
             f"{names[0]}: expected at least one adapter (E >= 1), got {tuple(a.shape)}"
         )
-    _check.like(names[0], a, (a.shape[0], a.shape[1], x.shape[-1]), x)
-    _check.like(names[1], b, (a.shape[0], b.shape[1], a.shape[1]), x)
+    _check.like(names[0], a, (a.shape[0], a.shape[1], x.shape[-1]), x, x_name)
+    _check.like(names[1], b, (a.shape[0], b.shape[1], a.shape[1]), x, x_name)
 
 
 def check_weight(weight: object, bias: object, out: int, x: Tensor) -> None:
@@ -244,7 +246,7 @@ def check_index(index: object, experts: int, x: Tensor, validate: bool | None) -
         raise ValueError(f"index: expected device {x.device} (that of x), got {index.device}")
     index = index.long()
     if validate is None:
-        validate = index.device.type == "cpu" and not torch.compiler.is_compiling()
+        validate = readable(index)
     if validate and not torch._C._are_functorch_transforms_active() and index.numel():
         low, high = int(index.min()), int(index.max())
         if low < -1 or high >= experts:

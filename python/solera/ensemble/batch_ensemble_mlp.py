@@ -304,7 +304,7 @@ def tabm_mlp(
             _check.like(f"{name} s", s, (members, out), x)
             codes[index] |= HAS_S
         if bias is not None:
-            check_bias(bias, members, out, x)
+            check_bias(bias, members, out, x, f"{name} bias")
             codes[index] |= HAS_BIAS
         parameters += [t for t in (weight, r, s, bias) if t is not None]
         width = out

@@ -9,6 +9,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _check
+from .._registry import accumulate_type
+from .._route import without_autocast
+from ._members import autocast
 
 Activation = str | Callable[[Tensor], Tensor]
 KNOWN = ("sigmoid", "tanh", "relu", "gelu", "silu")
@@ -41,6 +44,8 @@ def boosted_mlp(
         activation: "sigmoid", "tanh", "relu", "gelu", "silu", or a function of a tensor.
         staged: return every $F_t$ instead of the last.
 
+    Parameters may be float32 with a half-precision x. Under autocast x is taken, and F returned, in the autocast dtype.
+
     Shapes: x (B, D) -> (B, C), or (T, B, C) with `staged`.
 
     Raises:
@@ -71,16 +76,21 @@ def boosted_mlp(
         function = getattr(torch if activation in ("sigmoid", "tanh") else F, activation)
     else:
         function = activation
-    h = function(F.linear(x, weight.reshape(steps * hidden, inputs), bias.reshape(-1)))
+    x = autocast(x)
     scaled = rho[:, None, None] * out_weight  # (T, C, J): parameters, not activations
     shift = rho[:, None] * out_bias
-    if not staged:
-        v = scaled.permute(1, 0, 2).reshape(outputs, steps * hidden)
-        return F.linear(h, v, shift.sum(0) + start)
-    blocks = torch.baddbmm(
-        shift.unsqueeze(1), h.unflatten(1, (steps, hidden)).transpose(0, 1), scaled.mT
-    )
-    return blocks.cumsum(0) + start
+    w, b = weight.reshape(steps * hidden, inputs), bias.reshape(-1)
+    with without_autocast(x):
+        h = function(F.linear(x, w.to(x.dtype), b.to(x.dtype)))
+        if not staged:
+            v = scaled.permute(1, 0, 2).reshape(outputs, steps * hidden)
+            return F.linear(h, v.to(h.dtype), (shift.sum(0) + start).to(h.dtype))
+        blocks = torch.baddbmm(
+            shift.unsqueeze(1).to(h.dtype),
+            h.unflatten(1, (steps, hidden)).transpose(0, 1),
+            scaled.mT.to(h.dtype),
+        )
+        return (blocks.cumsum(0, dtype=accumulate_type(h)) + start).to(h.dtype)
 
 
 def pseudo_residuals(logits: Tensor, target: Tensor) -> Tensor:

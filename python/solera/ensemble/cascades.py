@@ -117,8 +117,9 @@ class Cascade(nn.Module):
         batch = x.shape[0]
         first = self.models[0](x)
         held = _members_logits(_check.tensor("models[0]'s output", first, dim=2), self.combine)
-        if held is first:
-            held = first.clone()
+        held = (
+            held.clone()
+        )  # written to below, where autograd may need the member's own, or log_softmax's
         rows = torch.arange(batch, device=held.device)
         seen = [batch] + [0] * (len(self.models) - 1)
         here = held

@@ -227,7 +227,7 @@ class _Layout:
                 f"stream_dim: expected a dimension before the last of {name} of shape "
                 f"{tuple(H.shape)}, got {stream_dim}"
             )
-        self.H, self.streams, self.width = H, H.shape[dim], H.shape[-1]
+        self.name, self.H, self.streams, self.width = name, H, H.shape[dim], H.shape[-1]
         if not 1 <= self.streams <= MOST_STREAMS:
             raise ValueError(
                 f"{name}: expected 1 to {MOST_STREAMS} streams in dimension {stream_dim}, got shape "
@@ -237,13 +237,13 @@ class _Layout:
         self.outer, self.inner = math.prod(H.shape[:dim]), math.prod(H.shape[dim + 1 : -1])
         self.flat = H.reshape(self.outer, self.streams, self.inner, self.width)
 
-    def out(self, out: object, beta: object) -> tuple[Tensor, Tensor]:
-        _check.like("out", out, (*self.tokens, self.width), self.H, "H")
+    def out(self, out: object, beta: object, beta_name: str = "out_beta") -> tuple[Tensor, Tensor]:
+        _check.like("out", out, (*self.tokens, self.width), self.H, self.name)
         assert isinstance(out, Tensor)
         if autocast_enabled(self.H):  # the layer ended in a product; the streams keep their dtype
             out = out.to(self.H.dtype)
-        _check.same_dtype("out", out, self.H, "H")
-        _check.like("beta", beta, (*self.tokens, self.streams), self.H, "H")
+        _check.same_dtype("out", out, self.H, self.name)
+        _check.like(beta_name, beta, (*self.tokens, self.streams), self.H, self.name)
         assert isinstance(beta, Tensor)
         return (
             out.reshape(self.outer, self.inner, self.width),
@@ -266,13 +266,14 @@ def _width(layout, out, beta, parameters, options):
     )
 
 
-def _scalar(name: str, value: Tensor | float, x: Tensor) -> Tensor:
+def _scalar(name: str, value: Tensor | float, layout: _Layout) -> Tensor:
+    x = layout.H
     acc = accumulate_type(x)
     if not isinstance(value, Tensor):
         return torch.full((1,), _check.number(name, value), dtype=acc, device=x.device)
     if value.numel() != 1:
         raise ValueError(f"{name}: expected a number or one element, got {tuple(value.shape)}")
-    _check.like(name, value, value.shape, x, "H")
+    _check.like(name, value, value.shape, x, layout.name)
     return value.reshape(1).to(acc)
 
 
@@ -281,8 +282,8 @@ def _hyper(layout, alpha, beta, alpha_weight, beta_weight, alpha_scale, beta_sca
     """The op's parameters and options from the public arguments."""
     n, D, H = layout.streams, layout.width, layout.H
     acc = accumulate_type(H)
-    _check.like("alpha", alpha, (n, n + 1), H, "H")
-    _check.like("beta_static", beta, (n,), H, "H")
+    _check.like("alpha", alpha, (n, n + 1), H, layout.name)
+    _check.like("beta", beta, (n,), H, layout.name)
     _check.choice("norm", norm, ("layer", "rms"))
     eps = _check.number("eps", eps, low=0.0)
     fixed = torch.cat([alpha.to(acc), beta.to(acc).unsqueeze(1)], 1).reshape(-1)
@@ -294,14 +295,14 @@ def _hyper(layout, alpha, beta, alpha_weight, beta_weight, alpha_scale, beta_sca
     if alpha_weight is None or beta_weight is None:
         missing = "alpha_weight" if alpha_weight is None else "beta_weight"
         raise ValueError(f"{missing}: expected beside the other weight, got None")
-    _check.like("alpha_weight", alpha_weight, (D, n + 1), H, "H")
-    _check.like("beta_weight", beta_weight, (D,), H, "H")
+    _check.like("alpha_weight", alpha_weight, (D, n + 1), H, layout.name)
+    _check.like("beta_weight", beta_weight, (D,), H, layout.name)
     for name, value in (("norm_weight", norm_weight), ("norm_bias", norm_bias)):
         if value is not None:
-            _check.like(name, value, (D,), H, "H")
+            _check.like(name, value, (D,), H, layout.name)
     w = torch.cat([alpha_weight.to(acc).mT, beta_weight.to(acc).unsqueeze(0)], 0)
-    scales = [_scalar("alpha_scale", alpha_scale, H)] * (n + 1)
-    scale = torch.cat([*scales, _scalar("beta_scale", beta_scale, H)]).repeat(n)
+    scales = [_scalar("alpha_scale", alpha_scale, layout)] * (n + 1)
+    scale = torch.cat([*scales, _scalar("beta_scale", beta_scale, layout)]).repeat(n)
     constant = None if norm_bias is None else (w * norm_bias.to(acc)).sum(1).repeat(n)
     projection = w if norm_weight is None else w * norm_weight.to(acc)
     return (projection, constant, fixed, scale), (HYPER, norm == "layer", tanh, eps, 0)
@@ -371,7 +372,7 @@ def hyper_connection_depth(
     Source: Zhu et al., "Hyper-Connections", 2024, Algorithm 2.
     """
     layout = _Layout("H_r", H_r, stream_dim)
-    flat, weights = layout.out(out, beta)
+    flat, weights = layout.out(out, beta, "beta")
     if use_reference():
         H = depth_reference(flat, layout.flat, weights)
     elif needs_graph(flat, layout.flat, weights):

@@ -8,7 +8,7 @@ from torch import Tensor
 from .. import _check
 from ._members import activation_code, autocast
 from .adapters import branches, check_factors, check_index
-from .gates import top_k_gate
+from .gates import count_in, top_k_gate
 
 
 def moe_ffn(
@@ -60,7 +60,8 @@ def moe_ffn(
                 f"router_logits: expected shape {(*lead, experts)} to go with x of shape "
                 f"{tuple(x.shape)} and w1 of shape {tuple(w1.shape)}, got {tuple(router_logits.shape)}"
             )
-        gates, index = top_k_gate(router_logits, top_k, normalize=normalize)
+        k = count_in("top_k", top_k, experts)
+        gates, index = top_k_gate(router_logits, k, normalize=normalize)
     else:
         if router_logits is not None:
             raise ValueError("router_logits: expected None where index and gates are given")
@@ -76,7 +77,7 @@ def moe_ffn(
     x = autocast(x)
     rows = lead.numel()
     y = branches(
-        x.reshape(rows, x.shape[-1]), w1, w2, index.reshape(rows, -1), gates=gates.reshape(rows, -1, 1),
+        x.reshape(rows, x.shape[-1]), w1, w2, index.reshape(rows, top_k), gates=gates.reshape(rows, top_k, 1),
         activation=code,
     ).reshape(*lead, out)  # fmt: skip
     return y if shared is None else y + shared.to(y.dtype)

@@ -21,7 +21,7 @@ class TopKGate(NamedTuple):
     aux: Tensor
 
 
-def _count(name: str, value: object, high: int) -> int:
+def count_in(name: str, value: object, high: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
         raise ValueError(f"{name}: expected an int in [1, {high}], got {value!r}")
     return value
@@ -64,7 +64,7 @@ def top_k_gate(logits: Tensor, k: int, *, normalize: bool = True) -> tuple[Tenso
     Great Again" (GOAT), 2025. Composition.
     """
     logits = _experts(logits)
-    k = _count("k", k, logits.shape[-1])
+    k = count_in("k", k, logits.shape[-1])
     values, index = logits.to(accumulate_type(logits)).topk(k, dim=-1)
     if not normalize:
         values = values - torch.logsumexp(logits.to(values.dtype), -1, keepdim=True)
@@ -135,7 +135,7 @@ def norm_top_k_gate(
     x = _check.tensor("x", x, min_dim=1)
     weight = _check.tensor("weight", weight, dim=2)
     _check.like("weight", weight, (weight.shape[0], x.shape[-1]), x)
-    k = _count("k", k, weight.shape[0])
+    k = count_in("k", k, weight.shape[0])
     scale, eps = _check.number("scale", scale), _check.number("eps", eps, low=0.0)
     acc = accumulate_type(x)
     z = F.linear(x, weight.to(x.dtype)).to(acc)
@@ -189,25 +189,24 @@ def load_balance_loss(probabilities: Tensor, index: Tensor) -> Tensor:
 
 
 def threshold_balance_loss(over: Tensor) -> Tensor:
-    r"""AdaMoLE's $E\sum_e f_e P_e$: f_e the share of active (token, expert) pairs on e, P_e = mean(p_e - tau).
+    r"""AdaMoLE's $E\sum_e f_e P_e$: f_e the share of the tokens for which e is active, P_e = mean(p_e - tau).
 
-    The authors' code takes the mean of p - tau, not of p; so does this.
+    The authors' code takes the mean of p - tau, not of p; so does this. A token may have several active experts, so
+    the f_e add up to their mean number.
 
     Args:
-        over: p - tau (..., E), the second result of `threshold_gate`; an expert is active where it is above 0.
+        over: p - tau (..., E), the second result of `threshold_gate`; an expert is active where it is 0 or above.
 
     Shapes: (..., E) -> ().
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
 
-    Source: Liu, Luo, "AdaMoLE", 2024, and the authors' code for P_e; f_e is normalised here so that it sums
-    to 1 over the experts, as in the top-k loss. Composition.
+    Source: Liu, Luo, "AdaMoLE", 2024, and the authors' code. Composition.
     """
     over = _experts(over, "over")
     flat = over.to(accumulate_type(over)).reshape(-1, over.shape[-1])
-    active = (flat > 0).to(flat.dtype)
-    share = active.sum(0) / active.sum().clamp_min(1.0)
+    share = (flat >= 0).to(flat.dtype).mean(0)
     return flat.shape[1] * (share * flat.mean(0)).sum()
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _check
 from .._registry import accumulate_type
@@ -174,5 +175,9 @@ def knn_mix_log_probs(
     value = torch.logaddexp(base.gather(1, ids), log_lam + mass)
     # A token that several neighbours name gets its value, and passes its gradient on, once.
     first = same.int().argmax(2) == torch.arange(shape[1], device=ids.device)
+    if forward_ad._current_level >= 0:  # a tangent goes where its value does: the others aside
+        aside = torch.nn.functional.pad(base, (0, 1))
+        spread = aside.scatter(1, torch.where(first, ids, logits.shape[1]), value)
+        return spread[:, : logits.shape[1]].to(logits.dtype)
     value = torch.where(first, value, value.detach())
     return base.scatter(1, ids, value).to(logits.dtype)

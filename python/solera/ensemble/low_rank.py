@@ -12,12 +12,20 @@ from ._members import activation_code, autocast
 from .adapters import branches, check_factors, check_weight, dense_branches, shared_linear
 
 
-def _scales(scaling: float | Tensor, count: int, x: Tensor) -> tuple[float, Tensor | None]:
+def _scales(
+    scaling: float | Tensor, count: int, x: Tensor, x_name: str
+) -> tuple[float, Tensor | None]:
     """A number as it is; (n,) numbers as a factor of each block."""
     if isinstance(scaling, Tensor):
-        _check.like("scaling", scaling, (count,), x)
+        _check.like("scaling", scaling, (count,), x, x_name)
         return 1.0, scaling
     return _check.number("scaling", scaling), None
+
+
+def _same_place(x: Tensor, x_name: str, **factors: Tensor) -> None:
+    """Factors of checked shapes on x's device, in a dtype that goes with x's."""
+    for name, t in factors.items():
+        _check.like(name, t, tuple(t.shape), x, x_name)
 
 
 def _check_blocks(weight: object, a: object, b: object) -> tuple[int, int, int]:
@@ -65,7 +73,8 @@ def melora_linear(
     x = _check.tensor("x", x, min_dim=2)
     check_weight(weight, bias, weight.shape[0] if isinstance(weight, Tensor) else 0, x)
     n, _, _ = _check_blocks(weight, a, b)
-    scaling, each = _scales(scaling, n, x)
+    _same_place(x, "x", a=a, b=b)
+    scaling, each = _scales(scaling, n, x, "x")
     if each is not None:
         b = b * each.to(b.dtype)[:, None, None]
     x = autocast(x)
@@ -89,7 +98,8 @@ def melora_merge_(weight: Tensor, a: Tensor, b: Tensor, *, scaling: float | Tens
     Source: as `melora_linear`. Composition.
     """
     n, _, width = _check_blocks(weight, a, b)
-    scaling, each = _scales(scaling, n, weight)
+    _same_place(weight, "weight", a=a, b=b)
+    scaling, each = _scales(scaling, n, weight, "weight")
     acc = accumulate_type(weight)
     delta = torch.bmm(b.to(acc), a.to(acc)) * scaling
     if each is not None:
@@ -101,9 +111,11 @@ def melora_merge_(weight: Tensor, a: Tensor, b: Tensor, *, scaling: float | Tens
     return weight
 
 
-def _check_hydra(weight, bias, a_p, b_p, a_s, b_s, x):
+def _check_hydra(weight, bias, a_p, b_p, a_s, b_s, x, x_name):
     out, inner = _check.tensor("weight", weight, dim=2).shape
-    check_weight(weight, bias, out, x)
+    _check.like("weight", weight, (out, x.shape[-1]), x, x_name)
+    if bias is not None:
+        _check.like("bias", bias, (out,), x, x_name)
     for name, t, dims in (
         ("a_parallel", a_p, (None, inner)),
         ("b_parallel", b_p, (out, None)),
@@ -111,7 +123,7 @@ def _check_hydra(weight, bias, a_p, b_p, a_s, b_s, x):
         ("b_sequential", b_s, (out, None)),
     ):
         t = _check.tensor(name, t, dim=2)
-        _check.like(name, t, tuple(s if d is None else d for s, d in zip(t.shape, dims)), x)
+        _check.like(name, t, tuple(s if d is None else d for s, d in zip(t.shape, dims)), x, x_name)
     for name, a, b in (("b_parallel", a_p, b_p), ("b_sequential", a_s, b_s)):
         if a.shape[0] != b.shape[1]:
             raise ValueError(f"{name}: expected rank {a.shape[0]}, got shape {tuple(b.shape)}")
@@ -144,7 +156,7 @@ def hydra_linear(
     Two calls of core `adapters`.
     """
     x = _check.tensor("x", x, min_dim=2)
-    _check_hydra(weight, bias, a_parallel, b_parallel, a_sequential, b_sequential, x)
+    _check_hydra(weight, bias, a_parallel, b_parallel, a_sequential, b_sequential, x, "x")
     scaling = _check.number("scaling", scaling)
     x = autocast(x)
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1])
@@ -175,7 +187,7 @@ def hydra_merge(
     Source: as `hydra_linear`; the formula is derived by putting z into y. Composition.
     """
     weight = _check.tensor("weight", weight, dim=2)
-    _check_hydra(weight, bias, a_parallel, b_parallel, a_sequential, b_sequential, weight)
+    _check_hydra(weight, bias, a_parallel, b_parallel, a_sequential, b_sequential, weight, "weight")
     scaling = _check.number("scaling", scaling)
     acc = accumulate_type(weight)
     w, a_p, b_p, a_s, b_s = (
@@ -210,7 +222,7 @@ def adapter_bank_mix(
     Scale", 2023 (with omega (S,) its uniform form).
     """
     h = _check.tensor("h", h, min_dim=2)
-    check_factors(down, up, h, ("down", "up"))
+    check_factors(down, up, h, ("down", "up"), "h")
     sources, out = down.shape[0], up.shape[1]
     omega = _check.tensor("omega", omega)
     _check.like("omega", omega, (sources, out) if omega.dim() == 2 else (sources,), h, "h")

@@ -272,6 +272,6 @@ def el2n(logits: Tensor | Sequence[Tensor], target: Tensor, *, member_dim: int =
     x = members.first
     y = labels("target", target, members.shape, members.classes, x.device)
     z = stacked(members.tensors)
-    hot = F.one_hot(y, members.classes)
-    gap = z.to(accumulate_type(z)).softmax(-1) - hot.unsqueeze(1)
+    hot = torch.arange(members.classes, device=y.device) == y[:, None]
+    gap = z.to(accumulate_type(z)).softmax(-1) - hot.unsqueeze(1).to(accumulate_type(z))
     return gap.norm(dim=-1).mean(1).reshape(members.shape).to(x.dtype)

@@ -116,20 +116,21 @@ def ensemble_moments(
 
 
 def _standard(x: Tensor, norm: str, dims: tuple[int, ...], mask: Tensor | None) -> Tensor:
-    """x brought to [0, 1] or to mean 0 and deviation 1 over `dims`; a constant becomes 0."""
+    """x brought to [0, 1] or to mean 0 and deviation 1 over `dims`; a constant becomes 0, a NaN stays one."""
     if norm == "none":
         return x
     kept = torch.ones_like(x, dtype=torch.bool) if mask is None else mask.expand_as(x)
+    low = torch.where(kept, x, float("inf")).amin(dims, keepdim=True)
+    high = torch.where(kept, x, float("-inf")).amax(dims, keepdim=True)
+    flat = high <= low  # and not a deviation of 0, which the rounding of a mean may miss
     if norm == "minmax":
-        low = torch.where(kept, x, float("inf")).amin(dims, keepdim=True)
-        high = torch.where(kept, x, float("-inf")).amax(dims, keepdim=True)
-        spread = high - low
+        spread = torch.where(flat, 1.0, high - low)
     else:
         count = kept.sum(dims, keepdim=True).clamp(min=1)
         low = torch.where(kept, x, 0.0).sum(dims, keepdim=True) / count
-        spread = (torch.where(kept, (x - low).square(), 0.0).sum(dims, keepdim=True) / count).sqrt()
-    flat = ~(spread > 0)
-    return torch.where(flat | ~kept, 0.0, (x - low) / torch.where(flat, 1.0, spread))
+        squares = torch.where(kept, (x - low).square(), 0.0).sum(dims, keepdim=True)
+        spread = torch.where(flat, 1.0, squares / count).sqrt()  # a root of 0 has no derivative
+    return torch.where(flat | ~kept, 0.0, (x - low) / spread)
 
 
 def _mask(mask: Tensor | None, x: Tensor, name: str, shape: tuple[int, ...]) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +121,7 @@ def _perceptron(module: nn.Module) -> tuple[Names, list]:
             return [], []
         elif isinstance(piece, nn.GELU):
             tanh = piece.approximate == "tanh"
-            activations[-1] = (lambda z: F.gelu(z, approximate="tanh")) if tanh else "gelu"
+            activations[-1] = partial(F.gelu, approximate="tanh") if tanh else "gelu"
         elif type(piece) in _NAMED:
             activations[-1] = _NAMED[type(piece)]
         elif isinstance(piece, _ELEMENTWISE):

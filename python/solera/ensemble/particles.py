@@ -29,7 +29,8 @@ of which guidance (B = 1) keeps only the differences.
 log-likelihood): $x' = x + (b - V^2\nabla\mu)\,\mathrm dt + V\sqrt{|\mathrm dt|}\,\xi$,
 $\mathrm d\log w = [\tfrac12 V^2(\|\nabla\mu\|^2 - \Delta\mu) - b\cdot\nabla\mu]\,\mathrm dt$.
 
-**Resampling.** $a = \mathrm{clip}(\log w - m)$ ($m$ the mean, or 0), $w = \mathrm{softmax}(a)$,
+**Resampling.** $a = \mathrm{clip}(\log w - m)$ ($m$ the mean of those above $-\infty$, or 0),
+$w = \mathrm{softmax}(a)$,
 $\mathrm{ESS} = 1/\sum w^2$, $\log Z = m + \log\tfrac1K\sum e^{a}$. With cumulative weights $C_i$ and one number u in
 [0, 1), offspring k is the particle i with $C_{i-1} \le (u + k)/K < C_i$: particle i has the offspring k from
 $\lceil K C_{i-1} - u\rceil$ to $\lceil K C_i - u\rceil - 1$, so counting replaces a search.
@@ -97,7 +98,10 @@ def afdps_reference(x, b, grad_mu, lap_mu, noise, sigma, dt):
 def _log_weights(logw: Tensor, center: bool, clip: float) -> tuple[Tensor, Tensor]:
     """a and the mean that was taken off, in float64."""
     a = logw.double()
-    mean = a.mean() if center else a.new_zeros(())
+    mean = a.new_zeros(())
+    if center:
+        gone = a == -math.inf
+        mean = torch.where(gone, 0.0, a).sum() / (~gone).sum().clamp(min=1)
     a = a - mean
     return (a.clamp(-clip, clip) if clip > 0 else a), mean
 
@@ -344,8 +348,8 @@ def smc_resample(
         x: (K, ...) particles, or None for the indices alone.
         u: a number in [0, 1) or a tensor of one element; None draws it, by `generator`.
         ess_threshold: resample only if ESS < ess_threshold * K (a share in [0, 1]); None always resamples.
-        center: take the mean off the log weights (finite ones) first; log Z has it added again.
-        clip: then bound them to [-clip, clip].
+        center: take the mean off the log weights first, of those above -inf; log Z has it added again.
+        clip: then bound them to [-clip, clip], -inf too.
 
     Shapes: logw (K,), x (K, ...) -> `Resampled(indices (K,) int64, ascending; particles (K, ...) of x's dtype or None;
     weights (K,), normalised, before resampling; log_weights (K,) to go on with; log_z and ess, 0-d)`, the floating

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
-from .._route import without_autocast
+from .._route import readable, without_autocast
 from ..norm import l2_normalize
 from ..norm.moments2 import indices
 from .prompts import check_texts
@@ -86,12 +86,12 @@ def prompt_weights(scores: Tensor, kind: str = "softmax", tau: float = 0.5) -> T
         return a
     if kind == "softmax":
         return a.softmax(0)
-    a = a.detach()
+    a = a.detach().to(accumulate_type(a))
     gap = a - a.quantile(0.5)
     # Compared as a product: without spread nothing lies above it but what is above the median.
     chosen = gap > tau * gap.abs().quantile(0.5)
     best = torch.arange(a.shape[0], device=a.device) == a.argmax()
-    return torch.where(chosen.any(), chosen, best).to(a.dtype)
+    return torch.where(chosen.any(), chosen, best).to(scores.dtype)
 
 
 def merge_text_heads(texts: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -131,7 +131,7 @@ def _offsets(offsets: object, texts: Tensor) -> Tensor:
     if not isinstance(offsets, Tensor) or offsets.dim() != 1 or offsets.shape[0] < 2:
         raise ValueError(f"offsets: expected an int64 tensor (C + 1,), got {_check._came(offsets)}")
     indices("offsets", offsets, (offsets.shape[0],), texts)
-    if offsets.is_cpu and not torch.compiler.is_dynamo_compiling():
+    if readable(offsets):
         steps = offsets.diff()
         if offsets[0] != 0 or offsets[-1] != texts.shape[0] or bool((steps < 1).any()):
             raise ValueError(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -59,7 +61,7 @@ def cosine_route(
     Source: Li et al., "Ensembles of Low-Rank Expert Adapters", 2025, as reported: softmax of standardised cosines of
     projected gradients; that the standardisation is per sample, over the experts, is derived. Composition.
     """
-    z = cosine_logits(x, centroids).to(accumulate_type(x))
+    z = scaled_cosines(x, centroids, 1.0, "centroids").to(accumulate_type(x))
     temperature = _check.number("temperature", temperature, low=0.0)
     if temperature == 0.0:
         raise ValueError("temperature: expected a positive number, got 0")
@@ -222,7 +224,7 @@ def gda_head(
     weight = width * torch.cholesky_solve(m.mT, torch.linalg.cholesky(shrunk)).mT
     bias = -0.5 * (m * weight).sum(1)
     if log_prior is None:
-        return weight, bias - torch.tensor(float(classes)).log().item()
+        return weight, bias - math.log(classes)
     _check.like("log_prior", log_prior, (classes,), m, "means")
     return weight, bias + log_prior.to(bias.dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import _check
+from ._members import check_bias
 
 LOSSES = ("cross_entropy", "binary_cross_entropy", "mse", "l1")
 _FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -81,7 +82,15 @@ def member_mean_loss(
     if isinstance(loss, str):
         _check.choice("loss", loss, LOSSES)
     batch, members = prediction.shape[:2]
+    if not isinstance(target, Tensor):
+        raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
     classes = loss == "cross_entropy"
+    if classes and prediction.dim() == 2:
+        raise ValueError(
+            f"prediction: expected shape (B, K, C) with cross_entropy, got {tuple(prediction.shape)}"
+        )
+    if classes and target.is_floating_point():
+        raise TypeError(f"target: expected class numbers with cross_entropy, got {target.dtype}")
     single = (batch,) if classes else (batch, *prediction.shape[2:])
     each = (batch, members, *single[1:])
     if tuple(target.shape) == single or (
@@ -118,18 +127,30 @@ def fold_for_inference(
     Shapes: -> for each layer (weight (K, I, O), bias (K, O) or None), as `ensemble_linear` takes them.
 
     Raises:
-        ValueError: no layers, or nothing that tells K.
+        ValueError, TypeError: no layers, nothing that tells K, or a layer whose parts do not fit.
 
     Source: derived from the layer's formula; a composition.
     """
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise ValueError("layers: expected a list of at least one (weight, r, s, bias)")
+    for i, layer in enumerate(layers):
+        if not isinstance(layer, (list, tuple)) or len(layer) != 4:
+            raise ValueError(
+                f"layers[{i}]: expected (weight, r, s, bias), None for what is left out"
+            )
     own = [t for layer in layers for t in layer[1:] if isinstance(t, Tensor) and t.dim() == 2]
     if members is None and not own:
         raise ValueError("members: expected the number of members, as no layer tells it; got None")
     count = own[0].shape[0] if members is None else members
     folded: list[tuple[Tensor, Tensor | None]] = []
     with torch.no_grad():
-        for weight, r, s, bias in layers:
-            assert weight is not None
+        for i, (weight, r, s, bias) in enumerate(layers):
+            weight = _check.tensor(f"layers[{i}] weight", weight, dim=2)
+            for name, t, width in (("r", r, weight.shape[1]), ("s", s, weight.shape[0])):
+                if t is not None:
+                    _check.like(f"layers[{i}] {name}", t, (count, width), weight, "weight")
+            if bias is not None:
+                check_bias(bias, count, weight.shape[0], weight, f"layers[{i}] bias", "weight")
             w = weight.T.unsqueeze(0)  # (1, I, O)
             if r is not None:
                 w = w * r.unsqueeze(2)

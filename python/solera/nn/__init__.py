@@ -34,7 +34,23 @@ from .samples_loss import SamplesLoss
 from .scaled_std_conv import ScaledStdConv2d
 from .sliced import SelfAttentionProjection
 from .style import ILN, AdaLIN, MomentShortcut, PositionalNorm
-from .tabm import MLPBackboneBatchEnsemble, MLPBackboneEnsemble, MLPBackboneMiniEnsemble, TabM
+from .tabm import TabM
+from .tabm_backbones import (
+    MLPBackbone,
+    MLPBackboneBatchEnsemble,
+    MLPBackboneEnsemble,
+    MLPBackboneEnsembleBase,
+    MLPBackboneMiniEnsemble,
+    make_tabm_backbone,
+)
+from .tabm_functions import (
+    batchensemble_linear_layers_,
+    ensemble_batchnorm1d_layers_,
+    ensemble_layernorm_layers_,
+    ensemble_linear_layers_,
+    ensemble_view,
+    init_scaling_,
+)
 from .tabm_layers import (
     BatchNorm1dEnsemble,
     ElementwiseAffine,
@@ -77,8 +93,10 @@ __all__ = [
     "LayerNormEnsemble",
     "LinearBatchEnsemble",
     "LinearEnsemble",
+    "MLPBackbone",
     "MLPBackboneBatchEnsemble",
     "MLPBackboneEnsemble",
+    "MLPBackboneEnsembleBase",
     "MLPBackboneMiniEnsemble",
     "MixoutLinear",
     "MomentShortcut",
@@ -98,6 +116,13 @@ __all__ = [
     "TimeDependentParameter",
     "TimeLayerNorm",
     "ZLoss",
+    "batchensemble_linear_layers_",
     "convert",
+    "ensemble_batchnorm1d_layers_",
+    "ensemble_layernorm_layers_",
+    "ensemble_linear_layers_",
+    "ensemble_view",
+    "init_scaling_",
+    "make_tabm_backbone",
     "revert",
 ]

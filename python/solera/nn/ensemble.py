@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -13,13 +14,17 @@ SCALING_INITS = ("ones", "normal", "random-signs")
 
 
 def _positive(name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
+    try:  # what counts as an integer: numpy's too, in which searches for hyperparameters come
+        number = None if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        number = None
+    if number is None:
         raise TypeError(
             f"{name}: expected a positive integer, got {type(value).__name__} {value!r}"
         )
-    if value <= 0:
+    if number <= 0:
         raise ValueError(f"{name}: expected a positive integer, got {value}")
-    return value
+    return number
 
 
 def _uniform_(t: Tensor, in_features: int) -> Tensor:
@@ -136,11 +141,11 @@ class LinearBatchEnsemble(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, module: nn.Linear, *, copy: bool = True, **kwargs: Any
+        cls, module: nn.Linear, *, copy: bool = False, **kwargs: Any
     ) -> LinearBatchEnsemble:
-        """An ensemble around a linear layer: its weight is shared, its bias each member's start.
+        """An ensemble of a linear layer's sizes, dtype and device, with values of its own (as in tabm).
 
-        With copy=False only its sizes, dtype and device are taken, and the values are drawn anew.
+        With copy=True the layer's weight is the shared one, its bias each member's start.
         """
         kwargs.setdefault("dtype", module.weight.dtype)
         kwargs.setdefault("device", module.weight.device)
@@ -222,11 +227,10 @@ class LinearEnsemble(nn.Module):
         self.reset_parameters()
 
     @classmethod
-    def from_linear(cls, module: nn.Linear, *, copy: bool = True, **kwargs: Any) -> LinearEnsemble:
-        """k copies of a linear layer.
+    def from_linear(cls, module: nn.Linear, *, copy: bool = False, **kwargs: Any) -> LinearEnsemble:
+        """k layers of a linear layer's sizes, dtype and device, each drawn anew (as in tabm).
 
-        Members that start alike and see the same batches stay alike: with copy=False only the layer's sizes,
-        dtype and device are taken, and each member is drawn anew.
+        With copy=True each is a copy of the layer; members that start alike and see the same batches stay alike.
         """
         kwargs.setdefault("dtype", module.weight.dtype)
         kwargs.setdefault("device", module.weight.device)

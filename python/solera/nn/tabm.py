@@ -1,4 +1,4 @@
-"""TabM: the models of the PyPI package `tabm` 0.0.3 by name, arguments and state_dict, on Solera's cores."""
+"""TabM: the model of the PyPI package `tabm` 0.0.3 by name, arguments and state_dict, on Solera's cores."""
 
 from __future__ import annotations
 
@@ -8,250 +8,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ensemble import ensemble_linear, tabm_mlp
 from ..ensemble.tabm import fold_for_inference
-from .ensemble import LinearBatchEnsemble, LinearEnsemble, _positive, shared_input
-from .tabm_layers import ElementwiseAffine, EnsembleView
-
-ARCHITECTURES = ("tabm", "tabm-mini", "tabm-packed")
-
-
-def _silent(*modules: nn.Module) -> bool:
-    """Whether nobody would notice that these modules are not called one by one."""
-    return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        for m in modules
-    )
-
-
-def _activation_name(module: nn.Module) -> tuple[bool, str | None]:
-    """(known, name): the activation as the cores know it."""
-    if type(module) is nn.ReLU:
-        return True, "relu"
-    if type(module) is nn.SiLU:
-        return True, "silu"
-    if type(module) is nn.GELU:
-        return module.approximate == "none", "gelu"
-    return type(module) is nn.Identity, None
-
-
-class _Backbone(nn.Module):
-    """Blocks of (linear, activation, dropout), as tabm builds and names them."""
-
-    blocks: Any  # nn.ModuleList of nn.Sequential
-
-    def __init__(
-        self,
-        *,
-        d_in: int,
-        n_blocks: int,
-        d_block: int,
-        dropout: float,
-        k: int,
-        activation: str = "ReLU",
-    ) -> None:
-        super().__init__()
-        for name, value in (("d_in", d_in), ("n_blocks", n_blocks), ("d_block", d_block)):
-            _positive(name, value)
-        self._k = _positive("k", k)
-        kind = getattr(nn, activation, None)
-        if kind is None:
-            raise ValueError(
-                f"activation: expected the name of a module of torch.nn, got {activation!r}"
-            )
-        self.blocks = nn.ModuleList(
-            nn.Sequential(
-                self._linear(i, d_in if i == 0 else d_block, d_block), kind(), nn.Dropout(dropout)
-            )
-            for i in range(n_blocks)
-        )
-
-    def _linear(self, index: int, in_features: int, out_features: int) -> nn.Module:
-        raise NotImplementedError
-
-    @property
-    def k(self) -> int:
-        return self._k
-
-    def _plain_blocks(self, linear: type[nn.Module]) -> list[tuple[Any, str | None]] | None:
-        """(linear, activation) of each block if all are as built here and nobody listens in."""
-        plain: list[tuple[Any, str | None]] = []
-        rates = set()
-        for block in self.blocks:
-            if not isinstance(block, nn.Sequential) or len(block) != 3:
-                return None
-            layer, act, drop = block
-            known, name = _activation_name(act)
-            if type(layer) is not linear or type(drop) is not nn.Dropout or not known:
-                return None
-            if getattr(layer, "activation", None) is not None or not _silent(block, *block):
-                return None
-            rates.add((drop.p, drop.training))
-            plain.append((layer, name))
-        return plain if len(rates) == 1 else None
-
-    def _network(self, x: Tensor, layers: list[tuple], names: list[str | None]) -> Tensor:
-        drop = self.blocks[0][2]
-        return tabm_mlp(x, layers, activation=names, dropout_p=drop.p, training=drop.training)
-
-    def _check(self, x: Tensor) -> None:
-        if x.dim() not in (2, 3) or (x.dim() == 3 and x.shape[1] != self.k):
-            raise ValueError(
-                f"x: expected shape (B, {self.k}, D) or (B, D) for k={self.k} members, "
-                f"got {tuple(x.shape)}"
-            )
-
-
-class MLPBackboneEnsemble(_Backbone):
-    """k independent multilayer perceptrons in one pass: the backbone of "tabm-packed".
-
-    Args:
-        d_in, n_blocks, d_block: input size, depth and width.
-        dropout: the rate after each activation.
-        activation: the name of a module of torch.nn.
-        k: the number of members.
-
-    Shapes: x (B, k, d_in), or (B, d_in) shared by the members -> (B, k, d_block).
-
-    Raises:
-        ValueError: another number of members or features, or an unknown activation.
-
-    Source: `tabm.MLPBackboneEnsemble` (Gorishniy et al., "TabM", ICLR 2025).
-    """
-
-    def _linear(self, index: int, in_features: int, out_features: int) -> nn.Module:
-        return LinearEnsemble(in_features, out_features, k=self.k)
-
-    def get_original_output_shape(self) -> torch.Size:
-        """(d_block,): the shape of one member's output."""
-        return torch.Size((self.blocks[-1][0].weight.shape[-1],))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, k, d_in) or (B, d_in) -> (B, k, d_block)."""
-        self._check(x)
-        plain = self._plain_blocks(LinearEnsemble)
-        if plain is None:
-            for block in self.blocks:
-                x = block(x)
-            return x
-        x = shared_input(x)
-        for (linear, name), block in zip(plain, self.blocks):
-            x = ensemble_linear(x, linear.weight, linear.bias, activation=name)
-            x = F.dropout(x, block[2].p, block[2].training)
-        return x
-
-
-class MLPBackboneMiniEnsemble(_Backbone):
-    """One multilayer perceptron for k members that differ by a scale of the input: "tabm-mini".
-
-    Args:
-        affine_bias: whether the members also have a shift of the input.
-        affine_scaling_init: how the scales start: "random-signs" or "normal".
-        affine_scaling_init_chunks: sizes of consecutive groups of features that start from one draw each.
-        kwargs: as `MLPBackboneEnsemble`.
-
-    Shapes: x (B, k, d_in) -> (B, k, d_block).
-
-    Raises:
-        ValueError: another number of members or features.
-
-    Source: `tabm.MLPBackboneMiniEnsemble` (Gorishniy et al., "TabM", ICLR 2025).
-    """
-
-    def __init__(
-        self,
-        *,
-        affine_bias: bool,
-        affine_scaling_init: str,
-        affine_scaling_init_chunks: list[int] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        super().__init__(**kwargs)
-        self.affine = ElementwiseAffine(
-            (self.k, self.blocks[0][0].weight.shape[-1]),
-            scaling_init=affine_scaling_init,
-            scaling_init_chunks=affine_scaling_init_chunks,
-            bias=affine_bias,
-        )
-
-    def _linear(self, index: int, in_features: int, out_features: int) -> nn.Module:
-        return nn.Linear(in_features, out_features)
-
-    def get_original_output_shape(self) -> torch.Size:
-        """(d_block,): the shape of one member's output."""
-        return torch.Size((self.blocks[-1][0].weight.shape[0],))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, k, d_in) -> (B, k, d_block)."""
-        plain = self._plain_blocks(nn.Linear)
-        if plain is None or not _silent(self.affine) or x.dim() != 3:
-            x = self.affine(x)
-            for block in self.blocks:
-                x = block(x)
-            return x
-        self._check(x)
-        layers: list[tuple] = [(m.weight, None, None, m.bias) for m, _ in plain]
-        weight, bias = layers[0][0], layers[0][3]
-        if self.affine.bias is not None:  # W (r x + c) + b = W (r x) + (W c + b)
-            bias = F.linear(self.affine.bias, weight, bias)
-        layers[0] = (weight, self.affine.weight, None, bias)
-        return self._network(shared_input(x), layers, [name for _, name in plain])
-
-
-class MLPBackboneBatchEnsemble(_Backbone):
-    """k multilayer perceptrons that share their weights, with scales and biases of their own: "tabm".
-
-    Args:
-        tabm_init: only the first input scale starts at random, all other scales at one.
-        scaling_init: how the scales start: "random-signs" or "normal".
-        start_scaling_init_chunks: for the first scale, sizes of consecutive groups of features that start
-            from one draw each.
-        kwargs: as `MLPBackboneEnsemble`.
-
-    Shapes: x (B, k, d_in), or (B, d_in) shared by the members -> (B, k, d_block).
-
-    Raises:
-        ValueError: another number of members or features.
-
-    Source: `tabm.MLPBackboneBatchEnsemble` (Gorishniy et al., "TabM", ICLR 2025).
-    """
-
-    def __init__(
-        self,
-        *,
-        tabm_init: bool,
-        scaling_init: str,
-        start_scaling_init_chunks: list[int] | None,
-        **kwargs: Any,
-    ) -> None:
-        self._start = tabm_init, scaling_init, start_scaling_init_chunks
-        super().__init__(**kwargs)
-
-    def _linear(self, index: int, in_features: int, out_features: int) -> nn.Module:
-        tabm_init, init, chunks = self._start
-        first = (init, "ones") if index == 0 else "ones"
-        return LinearBatchEnsemble(
-            in_features,
-            out_features,
-            k=self.k,
-            scaling_init=first if tabm_init else init,
-            first_scaling_init_chunks=chunks if index == 0 else None,
-        )
-
-    def get_original_output_shape(self) -> torch.Size:
-        """(d_block,): the shape of one member's output."""
-        return torch.Size((self.blocks[-1][0].weight.shape[0],))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, k, d_in) or (B, d_in) -> (B, k, d_block)."""
-        self._check(x)
-        plain = self._plain_blocks(LinearBatchEnsemble)
-        if plain is None:
-            for block in self.blocks:
-                x = block(x)
-            return x
-        layers = [(m.weight, m.r, m.s, m.bias) for m, _ in plain]
-        return self._network(shared_input(x), layers, [name for _, name in plain])
+from .ensemble import LinearEnsemble, _positive
+from .tabm_backbones import (
+    MLPBackboneEnsemble,
+    MLPBackboneMiniEnsemble,
+    _silent,
+    make_tabm_backbone,
+)
+from .tabm_layers import EnsembleView
 
 
 class _OneHot(nn.Module):
@@ -267,39 +32,6 @@ class _OneHot(nn.Module):
         return torch.cat(
             [F.one_hot(x[..., i], size) for i, size in enumerate(self._cardinalities)], -1
         )
-
-
-def _backbone(
-    arch_type: str,
-    start_scaling_init: str | None,
-    chunks: list[int] | None,
-    options: dict[str, Any],
-) -> nn.Module:
-    if arch_type not in ARCHITECTURES:
-        raise ValueError(f"arch_type: expected one of {ARCHITECTURES}, got {arch_type!r}")
-    packed = arch_type == "tabm-packed"
-    if packed != (start_scaling_init is None):
-        expected = "None" if packed else "an initialization"
-        raise ValueError(
-            f"start_scaling_init: expected {expected} with arch_type={arch_type!r}, "
-            f"got {start_scaling_init!r}"
-        )
-    if packed:
-        return MLPBackboneEnsemble(**options)
-    assert start_scaling_init is not None
-    if arch_type == "tabm":
-        return MLPBackboneBatchEnsemble(
-            tabm_init=True,
-            scaling_init=start_scaling_init,
-            start_scaling_init_chunks=chunks,
-            **options,
-        )
-    return MLPBackboneMiniEnsemble(
-        affine_bias=False,
-        affine_scaling_init=start_scaling_init,
-        affine_scaling_init_chunks=chunks,
-        **options,
-    )
 
 
 class TabM(nn.Module):
@@ -325,7 +57,7 @@ class TabM(nn.Module):
     Raises:
         ValueError: arguments or shapes that do not fit.
         RuntimeError: an input that the arguments did not announce, or its absence.
-        TypeError: embeddings without `get_output_shape`.
+        TypeError: embeddings without `get_output_shape`; x_num of whole numbers, x_cat of another dtype than int64.
 
     Source: Gorishniy, Kotelnikov, Babenko, "TabM: Advancing Tabular Deep Learning with Parameter-Efficient
     Ensembling", ICLR 2025.
@@ -366,8 +98,12 @@ class TabM(nn.Module):
         self.cat_module = _OneHot(cat_cardinalities) if cat_cardinalities else None
         sizes += cat_cardinalities
         self.ensemble_view = EnsembleView(k=options["k"])
-        self.backbone = _backbone(
-            arch_type, start_scaling_init, sizes, {"d_in": sum(sizes), **options}
+        self.backbone = make_tabm_backbone(
+            d_in=sum(sizes),
+            arch_type=arch_type,
+            start_scaling_init=start_scaling_init,
+            start_scaling_init_chunks=None if start_scaling_init is None else sizes,
+            **options,
         )
         width = self.backbone.get_original_output_shape()[0]
         self.output = None if d_out is None else LinearEnsemble(width, d_out, k=self.backbone.k)
@@ -418,9 +154,17 @@ class TabM(nn.Module):
         if (x is None) != (features == 0):
             expected = "None" if features == 0 else f"a tensor of {features} features"
             raise RuntimeError(f"{name}: expected {expected}, got {'None' if x is None else 'one'}")
-        if x is not None and x.dim() not in (2, 3):
+        if x is None:
+            return
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        numbers = name == "x_num"
+        if not (x.is_floating_point() if numbers else x.dtype == torch.int64):
+            expected = "a floating-point dtype" if numbers else "torch.int64"
+            raise TypeError(f"{name}: expected {expected}, got {x.dtype}")
+        if x.dim() not in (2, 3):
             raise ValueError(f"{name}: expected 2 or 3 dimensions, got shape {tuple(x.shape)}")
-        if x is not None and x.shape[-1] != features:
+        if x.shape[-1] != features:
             raise RuntimeError(
                 f"{name}: expected shape (B, {features}) or (B, {self.k}, {features}), "
                 f"got {tuple(x.shape)}"
@@ -447,7 +191,7 @@ class TabM(nn.Module):
             parts.append(self.cat_module(x_cat.flatten(0, -2)).to(dtype))
         x = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
         if given.dim() == 3:
-            x = x.unflatten(0, (given.shape[0], -1))
+            x = x.unflatten(0, given.shape[:2])
         mini = isinstance(self.backbone, MLPBackboneMiniEnsemble)
         if x.dim() == 3 or mini or not _silent(self.ensemble_view):
             x = self.ensemble_view(x)

@@ -81,6 +81,21 @@ class ElementwiseAffine(nn.Module):
         return torch.addcmul(self.bias, self.weight, x)
 
 
+def as_members(x: Tensor, k: int, training: bool) -> Tensor:
+    """(B, D) as (B, k, D) without a copy; (B, k, D) as it is, with a warning outside training."""
+    if x.dim() == 2:
+        return x.unsqueeze(-2).expand(-1, k, -1)
+    if x.dim() != 3 or x.shape[1] != k:
+        raise ValueError(f"x: expected shape (B, D) or (B, {k}, D), got {tuple(x.shape)}")
+    if not training:
+        warnings.warn(
+            "an input (B, k, D) outside training: one row for each item (B, D) is usual there, "
+            f"got {tuple(x.shape)}",
+            stacklevel=3,
+        )
+    return x
+
+
 class EnsembleView(nn.Module):
     """(B, D) as (B, k, D) without a copy; (B, k, D) as it is.
 
@@ -105,17 +120,7 @@ class EnsembleView(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, D) or (B, k, D) -> (B, k, D)."""
-        if x.dim() == 2:
-            return x.unsqueeze(-2).expand(-1, self.k, -1)
-        if x.dim() != 3 or x.shape[1] != self.k:
-            raise ValueError(f"x: expected shape (B, D) or (B, {self.k}, D), got {tuple(x.shape)}")
-        if not self.training:
-            warnings.warn(
-                "an input (B, k, D) outside training: one row for each item (B, D) is usual there, "
-                f"got {tuple(x.shape)}",
-                stacklevel=2,
-            )
-        return x
+        return as_members(x, self.k, self.training)
 
 
 class BatchNorm1dEnsemble(nn.Module):
@@ -195,7 +200,8 @@ class LayerNormEnsemble(nn.Module):
     Args:
         normalized_shape, elementwise_affine: as in `torch.nn.LayerNorm`.
         k: the number of members.
-        kwargs: further arguments of `torch.nn.LayerNorm`; bias=False leaves the members' bias out.
+        kwargs: further arguments of `torch.nn.LayerNorm`. As in tabm, bias=False changes nothing: the members have
+            their bias, so that checkpoints load either way.
 
     Shapes: x (*, k, *normalized_shape) -> the same.
 
@@ -222,7 +228,7 @@ class LayerNormEnsemble(nn.Module):
             ElementwiseAffine(
                 (k, *self.impl.normalized_shape),
                 scaling_init="ones",
-                bias=kwargs.get("bias", True),
+                bias=True,
                 dtype=kwargs.get("dtype"),
                 device=kwargs.get("device"),
             )
@@ -237,7 +243,6 @@ class LayerNormEnsemble(nn.Module):
         kwargs.update((name, getattr(module, name)) for name in names)
         if module.weight is not None:
             kwargs.update(dtype=module.weight.dtype, device=module.weight.device)
-            kwargs.setdefault("bias", module.bias is not None)
         made = cls(**kwargs)
         with torch.no_grad():
             if made.affine is not None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_dynamo_compiling
 
 from .. import _check
 from .._registry import accumulate_type
-from .._route import autocast_enabled
+from .._route import autocast_enabled, readable
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -33,11 +32,7 @@ def labels(
         raise ValueError("logits: expected at least one class, got 0")
     target = target.flatten()
     ignored = target == ignore_index
-    if (
-        target.is_cpu
-        and not is_dynamo_compiling()
-        and not torch._C._are_functorch_transforms_active()
-    ):
+    if readable(target):
         wrong = ((target < 0) | (target >= width)) & ~ignored
         if wrong.any():
             row = int(wrong.nonzero()[0])
