@@ -23,6 +23,7 @@ from ._plan import Plan
 from ._progress import Callback, progress_bar
 from ._ring import compiled
 from ._rules import Rules, checked_rules
+from ._safetensors import NAMES
 from ._stream import Stream
 from ._target import Target
 from .methods import Method
@@ -174,10 +175,16 @@ def _make_plan(
     items, notes = _plan.make_items(models, labels, around, method, rules, strict, out_dtype)
     if not items:
         raise ValueError("inputs: the models hold no tensors")
+    for item in items:
+        if item.dtype not in NAMES:
+            raise ValueError(
+                f"inputs: {item.name!r} is of {item.dtype}, which safetensors has no name for"
+            )
     like = models[0] if around is None else around
     single = target.output.name if target.single else None
     files, index_name = _plan.make_files(items, like, single)
     metadata = {
+        **like.metadata,
         "format": "pt",  # what transformers asks for
         "solera.version": __version__,
         "solera.method": repr(method),
@@ -186,8 +193,8 @@ def _make_plan(
         "solera.base": "" if around is None else around.path.name,
         "solera.seed": str(seed),
     }
-    gone = {name: kept for name, kept in like.tied.items() if name not in like.tensors}
-    metadata.update(gone)
+    written = {item.name for item in items}
+    metadata.update({gone: kept for gone, kept in like.tied.items() if gone not in written})
     plan = Plan(
         output=target.output,
         inputs=[model.path for model in models],
