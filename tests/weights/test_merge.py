@@ -268,6 +268,8 @@ def test_not_strict_copies_from_the_base():
         (lambda m: merge(m, Linear(), out_dtype="int8"), ValueError, "out_dtype"),
         (lambda m: merge(m, Linear(), out_dtype="no"), ValueError, "out_dtype"),
         (lambda m: merge(["/no/such"], Linear()), FileNotFoundError, "/no/such"),
+        (lambda m: merge(m, Linear(), seed=2**63), ValueError, "seed"),
+        (lambda m: merge(m, Linear(), seed=1.0), TypeError, "seed"),
         (lambda m: Linear([1, -1]), ValueError, "zero"),
         (lambda m: Linear("ab"), ValueError, "weights: expected a list of numbers"),
         (lambda m: Linear(3), TypeError, "weights"),

@@ -226,6 +226,18 @@ def test_a_name_tied_in_the_reference_only_is_written_apart(tmp_path):
     torch.testing.assert_close(load(out)["embed"], (full["embed"] + tied["embed"]) / 2)
 
 
+def test_tied_tensors_of_pickles_stay_equal_under_random_masks(tmp_path):
+    paths = [tmp_path / "a.pt", tmp_path / "base.pt"]
+    for path in paths:
+        w = torch.randn(50, 30)
+        torch.save({"embed": w, "head": w, "other": torch.randn(50, 30)}, path)
+    out = tmp_path / "out.safetensors"
+    merge_files(paths[:1], out, Dare(0.5), base=paths[1], seed=3)
+    found = load(out)
+    assert torch.equal(found["embed"], found["head"])
+    assert_same(found, merge(paths[:1], Dare(0.5), base=paths[1], seed=3))
+
+
 def test_what_the_reference_says_of_itself_is_kept(tmp_path):
     said = {
         "lora_adapter_metadata": '{"r": 4}',
@@ -276,6 +288,21 @@ def test_outputs_that_exist_and_inputs_are_not_overwritten(tmp_path):
     assert os.listdir(folder) == ["model.safetensors"]
     with pytest.raises(NotADirectoryError):
         merge_files(paths, out.rename(tmp_path / "file"), Linear())  # fmt: skip
+
+
+def test_folders_that_nothing_can_take_the_place_of_are_refused_at_once(tmp_path, monkeypatch):
+    paths = saved(tmp_path, [state()])
+    (tmp_path / "here/below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/below")
+    for output in (".", "", "..", tmp_path / "here", "../below"):
+        with pytest.raises(ValueError, match=r"current folder .*name a folder in it"):
+            merge_files(paths, output, Linear(), overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "here")
+    with pytest.raises(ValueError, match="mount point"):
+        merge_files(paths, tmp_path / "here", Linear())
+    merge_files(paths, tmp_path / "here/out", Linear())
+    assert sorted(os.listdir(tmp_path / "here")) == ["below", "out"]
 
 
 def test_a_dry_run_writes_nothing_and_says_all(tmp_path):
@@ -481,6 +508,7 @@ def test_whole_tensors_give_what_merge_gives(tmp_path, ring, method, function):
         ({"method": "linear"}, TypeError, "method"),
         ({"base": "/no/such"}, FileNotFoundError, "base"),
         ({"seed": "x"}, TypeError, "seed"),
+        ({"seed": 2**63}, ValueError, "seed"),
         ({"readers": 0}, ValueError, "readers"),
         ({"out_dtype": "int32"}, ValueError, "out_dtype"),
         ({"output": "x.pt"}, ValueError, "safetensors"),

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from . import _safetensors
+from ._lists import local
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Weights in other formats: no part of the result, since they would be of another model.
@@ -25,8 +26,8 @@ Path_ = str | os.PathLike
 
 
 def memory_of(t: Tensor) -> tuple:
-    """What two tensors have in common if they are one."""
-    return t.data_ptr(), t.dtype, t.shape, t.stride()
+    """What two tensors have in common if they are one. A DTensor's memory is that of its shard."""
+    return local(t).data_ptr() or id(t), t.dtype, t.shape, t.stride()
 
 
 @dataclass(frozen=True, eq=False)

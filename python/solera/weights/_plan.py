@@ -69,6 +69,7 @@ class Item:
     base: Located | None
     note: str = ""
     sweeps: int = 1  # how often the inputs are read
+    twin: str = ""  # the name that this one is tied to in every model, and whose random masks it therefore has
 
     @property
     def elements(self) -> int:
@@ -370,6 +371,11 @@ def make_items(
         _item(name, models, labels, base, like, like_label, method, rules, strict, out_dtype)
         for name in (*like.tensors, *parted)
     ]
+    by_name = {item.name: item for item in items}
+    for place, item in enumerate(items):
+        kept = by_name.get(like.tied.get(item.name, ""))
+        if kept is not None and are_one(item, kept):
+            items[place] = replace(item, twin=kept.name)
     notes += [
         f"rule {p!r} matches the whole name of no tensor" for p in unused(like.tensors, rules)
     ]

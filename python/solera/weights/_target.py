@@ -43,7 +43,15 @@ class Target:
             raise NotADirectoryError(
                 f"output: {there} is a file; a result that is one file ends in .safetensors"
             )
-        if self.overwrite or not there.exists():
+        if not there.exists():
+            return
+        here, place = Path.cwd(), there.resolve()
+        if not self.single and (place.is_mount() or place in (here, *here.parents)):
+            what = "a mount point" if place.is_mount() else "the current folder or holds it"
+            raise ValueError(
+                f"output: {there} is {what}, and no new folder can take its place in one step; name a folder in it"
+            )
+        if self.overwrite:
             return
         if self.single or any(there.iterdir()):
             raise FileExistsError(f"output: {there} exists (overwrite=True replaces it)")

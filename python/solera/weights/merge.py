@@ -14,7 +14,7 @@ from torch import Tensor
 from . import _plan
 from ._checkpoint import Checkpoint, Located, memory_of, open_checkpoint
 from ._rules import Rules, checked_rules
-from .merge_files import checked_dtype
+from .merge_files import check_seed, checked_dtype
 from .methods import Method
 
 
@@ -61,32 +61,27 @@ def merge(
         raise ValueError("models: expected at least one, got none (K = 0)")
     if not isinstance(method, Method):
         raise TypeError(f"method: expected one such as Linear() or Ties(0.2), got {method!r}")
+    check_seed(seed)
     opened = [_opened(f"models[{k}]", model) for k, model in enumerate(models)]
     around = None if base is None else _opened("base", base)
     labels = [f"models[{k}]" for k in range(len(models))]
     dtype = checked_dtype(out_dtype)
     items, _ = _plan.make_items(opened, labels, around, method, checked_rules(rules), strict, dtype)
-    like = opened[0] if around is None else around
     where = None if device is None else torch.device(device)
     result: dict[str, Tensor] = {}
-    by_name = {item.name: item for item in items}
-    apart = []  # tied in the reference, but of different values in the result
     for item in items:
-        kept = by_name.get(like.tied.get(item.name, ""))
-        if kept is not None and _plan.are_one(item, kept):
-            result[item.name] = result[kept.name]
-            continue
-        apart += [] if kept is None else [(item.name, kept.name)]
-        result[item.name] = _merged(item, where, seed)
+        result[item.name] = result[item.twin] if item.twin else _merged(item, where, seed)
     if not isinstance(models[0], torch.nn.Module):
         return result
-    pattern = base if isinstance(base, torch.nn.Module) else models[0]
+    pattern, own, label = models[0], opened[0], "models[0]"
+    if around is not None and isinstance(base, torch.nn.Module):
+        pattern, own, label = base, around, "base"
+    apart = [pair for pair in own.tied.items() if result.get(pair[0]) is not result.get(pair[1])]
     if apart:
         names = ", ".join(f"{gone!r} and {kept!r}" for gone, kept in apart)
         raise ValueError(
-            f"models: {names} are one tensor in {'models[0]' if base is None else 'base'}, but not in all models "
-            "or not by one method, so that a module with one tensor cannot hold the result; give state dicts, "
-            "or one rule for both"
+            f"models: {names} are one tensor in {label}, but not in all models or not by one method, so that a "
+            "module with one tensor cannot hold the result; give state dicts, or one rule for both"
         )
     return _module(pattern, result, dtype, where)
 

@@ -93,8 +93,7 @@ def merge_files(
     target = Target(Path(output), overwrite)
     if target.single is False and Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise ValueError(f"output: expected a name in .safetensors or a folder, got {output}")
-    if type(seed) is not int:
-        raise TypeError(f"seed: expected an int, got {seed!r}")
+    check_seed(seed)
     if type(readers) is not int or readers < 1:
         raise ValueError(f"readers: expected 1 or more, got {readers!r}")
     where = _usable(device)
@@ -162,6 +161,14 @@ def checked_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
             f"out_dtype: expected float32, float64, bfloat16 or float16, got {value!r}"
         )
     return found
+
+
+def check_seed(seed: object) -> None:
+    """What the random methods take, known before they have their turn."""
+    if type(seed) is not int:
+        raise TypeError(f"seed: expected an int, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an int that fits 64 bits, got {seed}")
 
 
 def _make_plan(
