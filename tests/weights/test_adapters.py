@@ -189,10 +189,41 @@ def test_teen_calibrates_prototypes():
     logits = 10 * F.normalize(x, dim=1) @ F.normalize(want, dim=1).T
     torch.testing.assert_close(solera.ensemble.cosine_logits(x, w, 10.0), logits)
     assert torch.autograd.gradcheck(proto_calibrate, (new, base))
+    half = [t.detach().float() for t in (new, base)]
+    with torch.autocast(DEVICE, torch.bfloat16):  # made once, so in the prototypes' own precision
+        assert torch.equal(proto_calibrate(*half), proto_calibrate(*half).float())
+        assert_accurate(proto_calibrate(*half, 16.0, 0.3), want)
+
+
+def test_loldu_trains_in_float32_beside_half_factors():
+    w, x = randn(5, 6), randn(3, 6)
+    half = [t.bfloat16() if t.is_floating_point() else t for t in ldu_init(w, 2)]
+    half[3], half[4] = half[3].float().requires_grad_(), half[4].float().requires_grad_()
+    y = diag_low_rank_linear(x.bfloat16(), *half)
+    y.float().sum().backward()
+    assert y.dtype == torch.bfloat16 and half[3].grad.dtype == half[4].grad.dtype == torch.float32
+    wide = [t.detach().double() if t.is_floating_point() else t for t in half]
+    want = diag_low_rank_linear(x.bfloat16().double(), *wide)
+    assert (
+        y.double() - want
+    ).norm() < 2**-7 * want.norm()  # torch's products in bfloat16, and their sum
 
 
 def test_bad_input():
     w = randn(4, 6)
+    half = w.bfloat16()
+    with pytest.raises(TypeError, match=r"r: expected torch\.bfloat16"):
+        low_rank_linear(half, randn(2, 6), randn(4, 2))
+    with pytest.raises(TypeError, match=r"weight: expected torch\.bfloat16"):
+        diag_low_rank_linear(half, *ldu_init(w, 2))
+    with pytest.raises(TypeError, match=r"w0: expected torch\.bfloat16"):
+        nested_lora_linear(half, w, randn(3, 6), randn(2, 3), randn(3, 2), randn(4, 3))
+    with pytest.raises(ValueError, match=r"weights: expected 1 numbers like adapters, got \(\)"):
+        average_lora(adapters((2,)), torch.tensor(1.0))
+    with pytest.raises(TypeError, match="weights: expected 1 numbers"):
+        average_lora(adapters((2,)), ["x"])
+    with pytest.raises(ValueError, match="a: expected at least one element"):
+        low_rank_delta(randn(0, 4), randn(0, 4), energy=0.9)
     with pytest.raises(ValueError, match="adapters: expected at least one pair"):
         average_lora([])
     with pytest.raises(ValueError, match=r"adapters\[1\]\[1\]: expected shape \(9, 3\)"):

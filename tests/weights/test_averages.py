@@ -235,6 +235,15 @@ def test_re_adapt_is_the_papers_sum():
     torch.testing.assert_close(only, base + 0.5 * b @ a)
 
 
+def test_adapters_alone_leave_the_base_as_it_is():
+    base = [randn(3, 3), randn(2)]
+    kept = base[1].clone()
+    out = task_arithmetic(base, [], [1.0], adapters=[{0: (randn(1, 3), randn(3, 1))}])
+    assert torch.equal(out[1], kept)
+    out[1].zero_()
+    assert torch.equal(base[1], kept)
+
+
 def test_re_adapt_ir_merges_state_dicts():
     """W = W0 + b D_domain + a (W_tuned - W0), with gradients <g, tau_k> to the coefficients."""
     base, tuned = filled(1).state_dict(), filled(2).state_dict()

@@ -16,10 +16,13 @@ from solera.weights import (
     ema_,
     ema_over_group_,
     lincomb,
+    lookahead_,
+    merge,
     sam_perturb_,
     sam_restore_,
     soup_over_group,
 )
+from solera.weights.methods import Linear
 
 pytestmark = pytest.mark.skipif(
     INTERPRETED
@@ -106,6 +109,13 @@ def shard_cases(rank):
     w = split(whole)
     ema_(w, g, 0.75)
     found["ema"] = [t.full_tensor() for t in w]
+    w, fast = split(whole), split(model_of(1)[:2])
+    lookahead_(w, fast, 0.25)
+    found["lookahead"] = [t.full_tensor() for t in (*w, *fast)]
+    # Shards of one shape and no address of their own are not one tensor.
+    named = [{"a": t, "b": t + 1} for t in (split(whole)[0], g[0])]
+    merged = merge(named, Linear([1, 3]))
+    found["merged"] = [merged["a"].full_tensor(), merged["b"].full_tensor()]
     w = [t.requires_grad_() for t in split(whole)]
     mixed = lincomb([[*w, whole[0]], [*g, whole[0]]], [0.25, 0.75], base=[*g, whole[0]])
     sum(t.square().sum() for t in mixed[:2]).backward()
@@ -260,6 +270,9 @@ def test_shards_move_as_the_whole(both):
         assert all(torch.equal(a, b) for a, b in zip(found["restored"], w))
         close(found["decayed"], decayed)
         close(found["ema"], averages)
+        close(found["lookahead"], [*averages, *averages])
+        mixed = lincomb([w[0], g[0]], [0.25, 0.75])
+        close(found["merged"], [mixed, mixed + 1])
 
 
 def test_combinations_of_shards(both):

@@ -383,6 +383,7 @@ def test_bad_input():
         (lambda: slerp(a, b, 0.5, base=torch.ones(2, device=DEVICE)), ValueError, "base: expected shape"),
         (lambda: multi_slerp([a, b], [1.0]), ValueError, r"weights: expected shape \(2,\)"),
         (lambda: multi_slerp([a, b], ["x", 1]), TypeError, "weights: expected 2 numbers"),
+        (lambda: multi_slerp([a, b], [1, -1]), ValueError, "weights: they add up to zero"),
         (lambda: karcher_mean([a, b], max_iterations=-1), ValueError, "max_iterations: expected"),
         (lambda: karcher_mean([a, b], tolerance=-1), ValueError, "tolerance: expected"),
         (lambda: karcher_mean([]), ValueError, "tensors: expected at least one model"),

@@ -182,6 +182,30 @@ def test_modules_give_a_module_and_tied_weights_stay_tied():
     assert state["0.weight"] is state["2.weight"]
 
 
+def test_names_tied_in_one_model_only_or_with_two_rules_are_merged_apart():
+    shared, a, b = (torch.randn(3, 3, device=DEVICE) for _ in range(3))
+    tied, free = {"a": shared, "b": shared}, {"a": a, "b": b}
+    for models in ([tied, free], [free, tied]):
+        merged = merge(models, Linear())
+        torch.testing.assert_close(merged["a"], (shared + a) / 2)
+        torch.testing.assert_close(merged["b"], (shared + b) / 2)
+    merged = merge([tied, {"a": a, "b": a}], Linear(), rules={"b": Copy(1)})
+    assert torch.equal(merged["b"], a) and merged["b"] is not merged["a"]
+    torch.testing.assert_close(merged["a"], (shared + a) / 2)
+    merged = merge([{"a": a, "b": a}], Dare(0.5), base=tied)
+    assert merged["a"] is merged["b"]  # one mask, although masks go by name
+
+    def network(tie):
+        net = torch.nn.Sequential(*(torch.nn.Linear(3, 3, bias=False) for _ in range(2))).to(DEVICE)
+        if tie:
+            net[1].weight = net[0].weight
+        return net
+
+    with pytest.raises(ValueError, match=r"'1\.weight' and '0\.weight' are one tensor"):
+        merge([network(True), network(False)], Linear())
+    assert isinstance(merge([network(False), network(True)], Linear()), torch.nn.Sequential)
+
+
 def test_mixed_dtypes_are_rounded_once():
     a, b = torch.randn(1000), torch.randn(1000)
     models = [{"w": a.bfloat16()}, {"w": b.bfloat16()}]
@@ -244,12 +268,15 @@ def test_not_strict_copies_from_the_base():
         (lambda m: merge(m, Linear(), out_dtype="int8"), ValueError, "out_dtype"),
         (lambda m: merge(m, Linear(), out_dtype="no"), ValueError, "out_dtype"),
         (lambda m: merge(["/no/such"], Linear()), FileNotFoundError, "/no/such"),
+        (lambda m: merge(m, Linear(), seed=2**63), ValueError, "seed"),
+        (lambda m: merge(m, Linear(), seed=1.0), TypeError, "seed"),
         (lambda m: Linear([1, -1]), ValueError, "zero"),
         (lambda m: Linear("ab"), ValueError, "weights: expected a list of numbers"),
         (lambda m: Linear(3), TypeError, "weights"),
         (lambda m: Linear([float("nan")]), ValueError, "finite"),
         (lambda m: Ties(1.5), ValueError, "density"),
         (lambda m: Ties(elect="most"), ValueError, "elect"),
+        (lambda m: Ties(elect=None), ValueError, "elect"),
         (lambda m: Ties(weigh="x"), ValueError, "weigh"),
         (lambda m: Ties(divide="x"), ValueError, "divide"),
         (lambda m: Ties(scale=float("nan")), ValueError, "scale"),
@@ -260,6 +287,12 @@ def test_not_strict_copies_from_the_base():
         (lambda m: Breadcrumbs(gamma=-1), ValueError, "gamma"),
         (lambda m: Slerp(t=float("nan")), ValueError, "t: expected a finite"),
         (lambda m: Slerp(dim="x"), TypeError, "dim"),
+        (lambda m: Slerp(colinear=2.0), ValueError, "colinear"),
+        (lambda m: Della(epsilon=-0.1), ValueError, "epsilon"),
+        (lambda m: MultiSlerp([1, -1]), ValueError, "zero"),
+        (lambda m: Karcher([0, 0]), ValueError, "zero"),
+        (lambda m: TaskArithmetic(float("nan")), ValueError, "weights"),
+        (lambda m: merge(m, Slerp(dim=2)), ValueError, "dim: 2 is out of range for 'a.weight'"),
         (lambda m: ModelStock(dim=0.5), TypeError, "dim"),
         (lambda m: merge([m[0], {**m[1], "steps": torch.tensor(9)}], Linear()), ValueError, "'steps'"),
     ],

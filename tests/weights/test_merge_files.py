@@ -145,6 +145,9 @@ def test_pickles_of_more_than_tensors_are_refused_with_the_way_out(tmp_path):
         with pytest.raises(ValueError, match=says) as error:
             merge_files([tmp_path / f"{name}.pt"], tmp_path / "out.safetensors", Linear())
         assert "convert" in str(error.value) and f"{name}.pt" in str(error.value)
+        # torch's advice is to load the file all the same
+        assert "Re-running" not in str(error.value)
+        assert name != "evil" or "system" in str(error.value)
     with pytest.raises(ValueError, match="zip format"):
         merge_files([tmp_path / "text.bin"], tmp_path / "out.safetensors", Linear())
     torch.save({"state_dict": {"w": torch.ones(2)}, "epoch": 3}, tmp_path / "training.pt")
@@ -208,6 +211,52 @@ def test_a_name_left_out_as_tied_is_found_by_its_twin(tmp_path):
     assert read_header(out)[1]["head"] == "embed" and set(load(out)) == {"embed"}
 
 
+def test_a_name_tied_in_the_reference_only_is_written_apart(tmp_path):
+    full = {"embed": torch.randn(4, 3), "head": torch.randn(4, 3)}
+    tied = {"embed": torch.randn(4, 3)}
+    for name, tensors, metadata in (("full", full, {}), ("tied", tied, {"head": "embed"})):
+        (tmp_path / name).mkdir()
+        write_file(tmp_path / name / "model.safetensors", tensors, metadata)
+    out = tmp_path / "out"
+    plan = merge_files([tmp_path / "tied", tmp_path / "full"], out, Linear())
+    assert "'head' is tied to 'embed' in inputs[0]" in str(plan)
+    found, metadata = read_header(out / "model.safetensors")
+    assert set(found) == {"embed", "head"} and "head" not in metadata
+    torch.testing.assert_close(load(out)["head"], (full["head"] + tied["embed"]) / 2)
+    torch.testing.assert_close(load(out)["embed"], (full["embed"] + tied["embed"]) / 2)
+
+
+def test_tied_tensors_of_pickles_stay_equal_under_random_masks(tmp_path):
+    paths = [tmp_path / "a.pt", tmp_path / "base.pt"]
+    for path in paths:
+        w = torch.randn(50, 30)
+        torch.save({"embed": w, "head": w, "other": torch.randn(50, 30)}, path)
+    out = tmp_path / "out.safetensors"
+    merge_files(paths[:1], out, Dare(0.5), base=paths[1], seed=3)
+    found = load(out)
+    assert torch.equal(found["embed"], found["head"])
+    assert_same(found, merge(paths[:1], Dare(0.5), base=paths[1], seed=3))
+
+
+def test_what_the_reference_says_of_itself_is_kept(tmp_path):
+    said = {
+        "lora_adapter_metadata": '{"r": 4}',
+        "total_size": "no",
+        "modelspec.hash_sha256": "0x12",
+    }
+    for i in range(2):
+        write_file(tmp_path / f"{i}.safetensors", {"w": torch.ones(3)}, {**said, "i": str(i)})
+    paths = [tmp_path / "0.safetensors", tmp_path / "1.safetensors"]
+    out = tmp_path / "out.safetensors"
+    merge_files(paths, out, Linear())
+    merge_files([out, paths[1]], tmp_path / "again.safetensors", Copy(1))
+    for path, method in ((out, Linear()), (tmp_path / "again.safetensors", Copy(1))):
+        metadata = read_header(path)[1]
+        assert metadata["lora_adapter_metadata"] == '{"r": 4}' and metadata["i"] == "0"
+        assert metadata["solera.method"] == repr(method)
+        assert "modelspec.hash_sha256" not in metadata  # of other data
+
+
 def test_integers_that_differ_leave_nothing_behind(tmp_path, ring):
     states = [state(), {**state(), "steps": torch.tensor(8)}]
     paths = saved(tmp_path, states)
@@ -239,6 +288,21 @@ def test_outputs_that_exist_and_inputs_are_not_overwritten(tmp_path):
     assert os.listdir(folder) == ["model.safetensors"]
     with pytest.raises(NotADirectoryError):
         merge_files(paths, out.rename(tmp_path / "file"), Linear())  # fmt: skip
+
+
+def test_folders_that_nothing_can_take_the_place_of_are_refused_at_once(tmp_path, monkeypatch):
+    paths = saved(tmp_path, [state()])
+    (tmp_path / "here/below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here/below")
+    for output in (".", "", "..", tmp_path / "here", "../below"):
+        with pytest.raises(ValueError, match=r"current folder .*name a folder in it"):
+            merge_files(paths, output, Linear(), overwrite=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "here")
+    with pytest.raises(ValueError, match="mount point"):
+        merge_files(paths, tmp_path / "here", Linear())
+    merge_files(paths, tmp_path / "here/out", Linear())
+    assert sorted(os.listdir(tmp_path / "here")) == ["below", "out"]
 
 
 def test_a_dry_run_writes_nothing_and_says_all(tmp_path):
@@ -367,6 +431,38 @@ def test_a_replacement_killed_between_its_renames_is_undone(tmp_path):
     assert_same(load(out), load(paths[0]))
 
 
+def test_what_was_put_back_is_not_replaced_unasked(tmp_path):
+    paths, out = saved(tmp_path, [state()]), tmp_path / "out"
+    merge_files(paths, out, Linear())
+    (tmp_path / ".out.part").mkdir()
+    out.rename(tmp_path / ".out.part/old")
+    with pytest.raises(FileExistsError, match="overwrite"):
+        merge_files(paths, out, Linear())
+    assert_same(load(out), load(paths[0]))
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "out"]
+
+
+def test_a_full_disk_is_named_with_the_file(tmp_path, monkeypatch):
+    if not hasattr(os, "posix_fallocate"):
+        pytest.skip("space is reserved by posix_fallocate")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    paths = saved(tmp_path, [state()] * 2)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match=r"out\.safetensors") as error:
+        merge_files(paths, tmp_path / "out.safetensors", Linear())
+    assert error.value.errno == 28
+    assert sorted(os.listdir(tmp_path)) == ["a.safetensors", "b.safetensors"]
+
+
+def test_dtypes_that_safetensors_has_not_are_named(tmp_path):
+    torch.save({"w": torch.ones(3, dtype=torch.complex128)}, tmp_path / "a.pt")
+    with pytest.raises(ValueError, match=r"'w' is of torch\.complex128"):
+        merge_files([tmp_path / "a.pt"], tmp_path / "out.safetensors", Linear(), dry_run=True)
+
+
 def test_errors_of_the_system_carry_path_and_number(tmp_path, ring):
     paths = saved(tmp_path, [state(rows=4000), state(rows=4000)])
 
@@ -412,6 +508,7 @@ def test_whole_tensors_give_what_merge_gives(tmp_path, ring, method, function):
         ({"method": "linear"}, TypeError, "method"),
         ({"base": "/no/such"}, FileNotFoundError, "base"),
         ({"seed": "x"}, TypeError, "seed"),
+        ({"seed": 2**63}, ValueError, "seed"),
         ({"readers": 0}, ValueError, "readers"),
         ({"out_dtype": "int32"}, ValueError, "out_dtype"),
         ({"output": "x.pt"}, ValueError, "safetensors"),

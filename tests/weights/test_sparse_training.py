@@ -50,6 +50,34 @@ def test_prune_grow(fraction):
     assert int(mask.sum()) == count
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_prune_grow_keeps_the_number_of_connections_whatever_the_values(value):
+    w, score = randn(6), randn(6)
+    w[:2] = value
+    score[4:] = value
+    mask = torch.tensor([True] * 3 + [False] * 3, device=DEVICE)
+    for _ in range(2):
+        assert prune_grow_(w, mask, score, 1.0) == 3 and mask.sum() == 3
+
+
+def test_float64_weights_are_ranked_as_such():
+    one = 1.0 + torch.tensor([2e-12, 0.0, 1e-12, 0.0, 0.0], dtype=torch.float64, device=DEVICE)
+    score = torch.tensor([0.0, 0.0, 0.0, 1.0, 1.0 + 1e-12], dtype=torch.float64, device=DEVICE)
+    mask = torch.tensor([True] * 3 + [False] * 2, device=DEVICE)
+    assert prune_grow_(one, mask, score, 0.34) == 1
+    assert mask.tolist() == [True, False, True, False, True]
+
+
+def test_masked_update_of_a_half_weight_is_rounded_once():
+    w, g = randn(1000).bfloat16(), randn(1000)
+    mask = torch.ones(1000, dtype=torch.bool, device=DEVICE)
+    want = (w.double() - 0.5 * g.double()).bfloat16()
+    masked_update_(w, g, mask, 0.5)
+    assert (w != want).sum() <= 2  # float32 may round a tie of bfloat16 the other way
+    with pytest.raises(ValueError, match="weight: expanded"):
+        masked_update_(torch.zeros(1, device=DEVICE).expand(1000), g, mask, 0.5)
+
+
 def test_erk_density_is_the_papers_formula():
     shapes = [(64, 3, 3, 3), (128, 64, 3, 3), (256, 128, 3, 3), (10, 256)]
     d = erk_density(shapes, 0.2)

@@ -6,6 +6,7 @@ import ctypes
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,12 +16,18 @@ import torch
 from torch import Tensor
 
 from . import _safetensors
+from ._lists import local
 
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 # Weights in other formats: no part of the result, since they would be of another model.
 _OTHER_WEIGHTS = (".safetensors", *PICKLED, ".h5", ".msgpack", ".onnx", ".gguf", ".tflite", ".ot")
 INDEX = ".index.json"
 Path_ = str | os.PathLike
+
+
+def memory_of(t: Tensor) -> tuple:
+    """What two tensors have in common if they are one. A DTensor's memory is that of its shard."""
+    return local(t).data_ptr() or id(t), t.dtype, t.shape, t.stride()
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,6 +40,13 @@ class Located:
     offset: int
     nbytes: int
     tensor: Tensor | None = None
+
+    def is_same(self, other: Located) -> bool:
+        """Whether both are one tensor, and not two of equal values."""
+        if self is other:
+            return True
+        one, two = self.tensor, other.tensor
+        return one is not None and two is not None and memory_of(one) == memory_of(two)
 
     def read(self) -> Tensor:
         """All of it, in memory."""
@@ -57,6 +71,9 @@ class Checkpoint:
     files: dict[str, str] = field(default_factory=dict)
     # Tensors left out because they are another one by another name: left out -> kept.
     tied: dict[str, str] = field(default_factory=dict)
+    # What the files say of themselves beside their tensors and ties; not what an earlier merge wrote, nor hashes,
+    # which are of their data.
+    metadata: dict[str, str] = field(default_factory=dict)
     on_disk: bool = True
     index: str | None = None  # the file that says which tensor is in which file
 
@@ -153,16 +170,17 @@ def _add_file(checkpoint: Checkpoint, path: Path, wanted: set[str] | None, argum
         seen: dict[tuple, str] = {}
         for name, item in found.items():
             if item.tensor is not None and item.nbytes:
-                t = item.tensor
-                same = (t.data_ptr(), t.dtype, t.shape, t.stride())
+                same = memory_of(item.tensor)
                 if seen.setdefault(same, name) != name:
                     checkpoint.tied[name] = seen[same]
     elif path.suffix == ".safetensors":
         stored, metadata = _safetensors.read_header(path)
         found = {n: Located(s.dtype, s.shape, path, s.offset, s.nbytes) for n, s in stored.items()}
-        checkpoint.tied.update(
-            {gone: kept for gone, kept in metadata.items() if kept in stored and gone not in stored}
-        )
+        for key, text in metadata.items():
+            if text in stored and key not in stored:
+                checkpoint.tied[key] = text
+            elif not key.startswith("solera.") and "hash" not in key.lower():
+                checkpoint.metadata.setdefault(key, text)
     else:
         raise ValueError(
             f"{argument}: expected a .safetensors file, one of {', '.join(PICKLED)}, or a folder, got {path}"
@@ -189,7 +207,10 @@ def _pickled(path: Path) -> dict[str, Located]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (pickle.UnpicklingError, RuntimeError) as error:
-        text = str(error).strip().split("\n")[0]
+        text = str(error).strip()
+        # The line that says what is in it: the others are advice to trust the file.
+        told = re.search(r"(?im)^\s*(?:WeightsUnpickler error: )?(.*unsupported.*)$", text)
+        text = told[1].split(". ")[0].rstrip(".") if told else text.split("\n")[0]
         raise ValueError(f"{path}: not read with weights_only=True ({text}); {_CONVERT}") from None
     for key in ("state_dict", "model_state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):
@@ -198,8 +219,9 @@ def _pickled(path: Path) -> dict[str, Located]:
         raise ValueError(f"{path}: expected a state dict, got {type(state).__name__}; {_CONVERT}")
     for name, t in state.items():
         if not isinstance(name, str) or not isinstance(t, Tensor) or t.layout is not torch.strided:
+            what = f"a {t.layout} tensor" if isinstance(t, Tensor) else type(t).__name__
             raise ValueError(
-                f"{path}: expected names and dense tensors, got {name!r}: {type(t).__name__}; {_CONVERT}"
+                f"{path}: expected names and dense tensors, got {name!r}: {what}; {_CONVERT}"
             )
     return {
         name: Located(t.dtype, tuple(t.shape), path, 0, t.numel() * t.element_size(), t.detach())

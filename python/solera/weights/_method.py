@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,13 +17,18 @@ Tiling = Literal["elements", "rows", "whole"]
 Numbers = tuple[float, ...]
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
-    "elect": VOTES, "consensus": VOTES, "weigh": ("before", "after"), "divide": DIVISORS,
+    "elect": VOTES[1:], "consensus": VOTES, "weigh": ("before", "after"), "divide": DIVISORS,
     "rescale": ("probability", "l1", None),
 }  # fmt: skip
 
+_BOUNDS: dict[str, dict[str, float]] = {
+    "t": {}, "scale": {}, "colinear": {"low": 0.0, "high": 1.0}, "epsilon": {"low": 0.0, "high": 0.5},
+}  # fmt: skip
 
-def numbers(owner: object, name: str, value: Any) -> None:
+
+def numbers(owner: object, name: str) -> None:
     """Turn a field that holds a list of numbers into a tuple of floats, which hashes."""
+    value = getattr(owner, name)
     if value is None:
         return
     try:
@@ -37,6 +42,14 @@ def numbers(owner: object, name: str, value: Any) -> None:
     object.__setattr__(owner, name, found)
 
 
+def shares(owner: object, name: str) -> None:
+    """`numbers`, for weights that are divided by their sum."""
+    numbers(owner, name)
+    found = getattr(owner, name)
+    if found is not None and math.fsum(found) == 0:
+        raise ValueError(f"{name}: they add up to zero and cannot be normalized: {found}")
+
+
 def within(name: str, value: float, low: float, high: float) -> None:
     """value is a number in [low, high], or a ValueError names the argument."""
     if not isinstance(value, int | float) or not low <= value <= high:
@@ -48,9 +61,9 @@ def options(owner: Method) -> None:
     for name, options in _CHOICES.items():
         if hasattr(owner, name):
             _check.choice(name, getattr(owner, name), options)
-    for name in ("t", "colinear", "scale", "epsilon"):
+    for name, bounds in _BOUNDS.items():
         if hasattr(owner, name):
-            _check.number(name, getattr(owner, name))
+            _check.number(name, getattr(owner, name), **bounds)
     dim = getattr(owner, "dim", None)
     if dim is not None and (isinstance(dim, bool) or not isinstance(dim, int)):
         raise TypeError(f"dim: expected an int or None, got {dim!r}")
@@ -108,6 +121,9 @@ class Method:
             raise ValueError(
                 f"weights: expected {count}, one for each model, got {len(weights)} in {self!r}"
             )
+
+    def check_shape(self, name: str, shape: Sequence[int]) -> None:
+        """An error if the method does not fit the tensor `name`."""
 
     def permuted(self, order: Sequence[int]) -> Method:
         """The same method for the models in another order."""

@@ -69,6 +69,7 @@ class Item:
     base: Located | None
     note: str = ""
     sweeps: int = 1  # how often the inputs are read
+    twin: str = ""  # the name that this one is tied to in every model, and whose random masks it therefore has
 
     @property
     def elements(self) -> int:
@@ -340,6 +341,13 @@ def disagreements(
     return found
 
 
+def are_one(a: Item, b: Item) -> bool:
+    """Whether two names get one tensor: tied in every model they are made of, and merged by one method."""
+    pairs = zip(a.inputs, b.inputs)
+    same = len(a.inputs) == len(b.inputs) and all(x.is_same(y) for x, y in pairs)
+    return same and a.spelled == b.spelled and (a.dtype, a.shape) == (b.dtype, b.shape)
+
+
 def make_items(
     models: Sequence[Checkpoint],
     labels: Sequence[str],
@@ -358,10 +366,16 @@ def make_items(
             "inputs: the models hold different tensors: " + " | ".join(notes)
             + f". With strict=False these are copied from {like_label}, and what it lacks is left out"
         )  # fmt: skip
+    parted = _untied(models, like)
     items = [
         _item(name, models, labels, base, like, like_label, method, rules, strict, out_dtype)
-        for name in like.tensors
+        for name in (*like.tensors, *parted)
     ]
+    by_name = {item.name: item for item in items}
+    for place, item in enumerate(items):
+        kept = by_name.get(like.tied.get(item.name, ""))
+        if kept is not None and are_one(item, kept):
+            items[place] = replace(item, twin=kept.name)
     notes += [
         f"rule {p!r} matches the whole name of no tensor" for p in unused(like.tensors, rules)
     ]
@@ -373,11 +387,26 @@ def make_items(
         f"{gone!r} is tied to {kept!r} in {like_label}; both are written"
         for gone, kept in tied.items()
     ]
+    notes += [
+        f"{gone!r} is tied to {like.tied[gone]!r} in {like_label}, but not in all models; both are written"
+        for gone in parted
+    ]
     return items, notes
 
 
+def _untied(models: Sequence[Checkpoint], like: Checkpoint) -> list[str]:
+    """Names that the reference leaves out as tied, and that another model has as a tensor of its own."""
+    return [
+        gone
+        for gone, kept in like.tied.items()
+        if gone not in like.tensors
+        and any(gone in model.tensors and model.tied.get(gone) != kept for model in models)
+    ]
+
+
 def _item(name, models, labels, base, like, like_label, method, rules, strict, out_dtype) -> Item:
-    own = like.tensors[name]
+    own = like.find(name)
+    assert own is not None
     found = [model.find(name) for model in models]
     special, rule = chosen(name, method, rules)
     fits = all(t is not None and t.shape == own.shape for t in found)
@@ -400,6 +429,7 @@ def _item(name, models, labels, base, like, like_label, method, rules, strict, o
         return Item(name, dtype, own.shape, Copy(), Copy(), None, (own,), None, note)
     try:
         special.check(len(models), base is not None)
+        special.check_shape(name, own.shape)
     except ValueError as error:
         where = f" (for {name!r}, by rule {rule!r})" if rule is not None else ""
         raise ValueError(f"{error}{where}") from None
@@ -431,7 +461,8 @@ def make_files(
         return {single: [item.name for item in items]}, usual + INDEX
     files: dict[str, list[str]] = {}
     for item in items:
-        files.setdefault(_renamed(like.files[item.name]), []).append(item.name)
+        place = like.files.get(item.name) or like.files[like.tied[item.name]]
+        files.setdefault(_renamed(place), []).append(item.name)
     if len(files) == 1 and (like.index is not None or like.folder is None):
         files = {usual: next(iter(files.values()))}
     return dict(sorted(files.items())), _renamed(like.index or usual + INDEX)

@@ -157,7 +157,7 @@ class Stream:
             result = item.method.merge_tile(models, base, self.dots, out)
         else:
             result = item.method.merge_tensor(
-                item.name,
+                item.twin or item.name,
                 models,
                 base,
                 seed=self.seed,

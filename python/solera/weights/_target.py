@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,15 @@ class Target:
             raise NotADirectoryError(
                 f"output: {there} is a file; a result that is one file ends in .safetensors"
             )
-        if self.overwrite or not there.exists():
+        if not there.exists():
+            return
+        here, place = Path.cwd(), there.resolve()
+        if not self.single and (place.is_mount() or place in (here, *here.parents)):
+            what = "a mount point" if place.is_mount() else "the current folder or holds it"
+            raise ValueError(
+                f"output: {there} is {what}, and no new folder can take its place in one step; name a folder in it"
+            )
+        if self.overwrite:
             return
         if self.single or any(there.iterdir()):
             raise FileExistsError(f"output: {there} exists (overwrite=True replaces it)")
@@ -50,14 +59,17 @@ class Target:
     def __enter__(self) -> Target:
         self.output.parent.mkdir(parents=True, exist_ok=True)
         self._lock_or_fail()
+        old = self.part / "old"
         try:
-            old = self.part / "old"
             if old.exists() and not self.output.exists():
                 os.rename(old, self.output)  # killed between the two renames of `publish`
+            self.refuse_existing()  # what was just put back, or what another run made before the lock was ours
             shutil.rmtree(old, ignore_errors=True)
             shutil.rmtree(self.part / "new", ignore_errors=True)
             (self.part / "new").mkdir()
         except BaseException:
+            if not old.exists():
+                shutil.rmtree(self.part, ignore_errors=True)
             self._release()
             raise
         return self
@@ -99,11 +111,12 @@ class Target:
             path.touch()
             file = OpenFile(path, write=True)
             self.files.append(file)
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(file.fd, 0, size)
-            else:
-                os.ftruncate(file.fd, size)
-            os.pwrite(file.fd, header, 0)
+            with _naming(path):
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fd, 0, size)
+                else:
+                    os.ftruncate(file.fd, size)
+                os.pwrite(file.fd, header, 0)
             found.update({tensor: (file, place) for tensor, place in places.items()})
         return found
 
@@ -117,7 +130,8 @@ class Target:
         """Flush everything, write the index last, and give the result its name."""
         new = self.part / "new"
         for file in self.files:
-            os.fsync(file.fd)
+            with _naming(file.path):
+                os.fsync(file.fd)
             file.close()
         self.files.clear()
         if self.single:
@@ -131,7 +145,7 @@ class Target:
         if len(layouts) > 1:
             weight_map = {t: name for name, (_, places, _) in layouts.items() for t in places}
             total = sum(s.nbytes for _, places, _ in layouts.values() for s in places.values())
-            index = {"metadata": {"total_size": total, **metadata}, "weight_map": weight_map}
+            index = {"metadata": {**metadata, "total_size": total}, "weight_map": weight_map}
             path = new / index_name
             path.write_text(json.dumps(index, indent=1, ensure_ascii=False) + "\n")
             _sync(path)
@@ -142,6 +156,15 @@ class Target:
             os.rename(self.output, old)
         os.rename(new, self.output)
         _sync_folder(self.output.parent)
+
+
+@contextlib.contextmanager
+def _naming(path: Path | str) -> Iterator[None]:
+    """Calls that take a descriptor do not know whose it is: errors with the path."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _sync(path: Path) -> None:

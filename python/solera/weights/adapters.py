@@ -19,6 +19,13 @@ def _rank(name: str, rank: object, most: int) -> int:
     return rank
 
 
+def _one_dtype(x: Tensor, **factors: Tensor | None) -> None:
+    """What torch's products ask for, said by name."""
+    for name, t in factors.items():
+        if t is not None:
+            _check.product_dtype(name, t, x)
+
+
 @full_precision
 @torch.no_grad()
 def average_lora(
@@ -57,10 +64,13 @@ def average_lora(
         _check.like(f"adapters[{k}][1]", b, (out, a.shape[0]), first, "adapters[0][0]")
     count = len(adapters)
     w = [1 / count] * count if weights is None else weights
-    if len(w) != count:
-        raise ValueError(f"weights: expected {count} numbers like adapters, got {len(w)}")
-    w = w if isinstance(w, Tensor) else torch.tensor(w, dtype=torch.float64)
-    w = w.to(device=first.device, dtype=acc)
+    try:
+        w = torch.as_tensor(w).to(device=first.device, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"weights: expected {count} numbers, got {weights!r:.200}") from None
+    if w.shape != (count,):
+        raise ValueError(f"weights: expected {count} numbers like adapters, got {tuple(w.shape)}")
+    w = w.to(acc)
     right = torch.cat([a.to(acc) for a, _ in adapters])
     left = torch.cat([w[k] * b.to(acc) for k, (_, b) in enumerate(adapters)], 1)
     most = min(right.shape[0], right.shape[1], out)
@@ -162,6 +172,8 @@ def low_rank_delta(
             raise ValueError(
                 "iterations: expected None with energy, which needs all singular values"
             )
+    if a.numel() == 0:
+        raise ValueError(f"a: expected at least one element, got shape {tuple(a.shape)}")
     acc = accumulate_type(a)
     u, s, vh = _truncated(b.to(acc) - a.to(acc), rank, energy, iterations, seed)
     root = s.sqrt()
@@ -215,6 +227,7 @@ def low_rank_linear(x: Tensor, r: Tensor, q: Tensor, bias: Tensor | None = None)
     _check.like("q", q, (q.shape[0], r.shape[0]), x)
     if bias is not None:
         _check.like("bias", bias, (q.shape[0],), x)
+    _one_dtype(x, r=r, q=q, bias=bias)
     return F.linear(F.linear(x, r), q, bias)
 
 
@@ -259,7 +272,12 @@ def diag_low_rank_linear(
         raise ValueError(f"perm: expected {out} integers")
     if bias is not None:
         _check.like("bias", bias, (out,), x)
-    return F.linear(x, weight, bias) + F.linear(F.linear(x, u_r) * (s * z), l_r[perm])
+    _one_dtype(x, weight=weight, l_r=l_r, u_r=u_r, bias=bias)
+    inner_rows = F.linear(x, u_r)
+    scaled = (inner_rows * (s * z)).to(
+        inner_rows.dtype
+    )  # z and s may be float32 beside half factors
+    return F.linear(x, weight, bias) + F.linear(scaled, l_r[perm])
 
 
 @full_precision
@@ -326,11 +344,13 @@ def nested_lora_linear(
         _check.like(name, t, shape, x)
     if bias is not None:
         _check.like("bias", bias, (out,), x)
+    _one_dtype(x, w0=w0, a=a, a_inner=a_inner, b_inner=b_inner, b=b, bias=bias)
     scale = _check.number("scale", scale)
     thin_rows = F.linear(F.linear(x, a), a_inner) * scale
     return F.linear(x, w0, bias) + F.linear(F.linear(thin_rows, b_inner), b)
 
 
+@full_precision
 def proto_calibrate(
     new: Tensor, base: Tensor, temperature: float = 16.0, alpha: float = 0.5
 ) -> Tensor:

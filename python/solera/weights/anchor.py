@@ -171,7 +171,8 @@ def anchor_penalty(
 
     F = 1 is L2-SP (and ProLIP's $\lVert W - W_0\rVert^2$ with $\lambda$ doubled); F the diagonal of the Fisher
     information is EWC, whose running form $F \leftarrow \gamma F + (1 - \gamma) g^2$ is
-    `ema_(F, [g * g for g in grads], gamma)`.
+    `ema_(F, squares, gamma)`, and $F \leftarrow \gamma F + g^2$ `lincomb([F, squares], [gamma, 1.0], out=F)` with the
+    squares of the gradients.
 
     Args:
         parameters: $\theta$: a tensor, an iterable or a mapping of names (`dict(model.named_parameters())`).

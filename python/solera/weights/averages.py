@@ -344,6 +344,7 @@ def task_arithmetic(
     else:
         kind, keys, whole, flat = _models.gather([base], ["base"])
         out = list(flat)
+    given = {id(t) for t in out} if not count else set()
     place = {key: i for i, key in enumerate(keys)}
     for j, adapter in enumerate(adapters):
         pairs = {0: adapter} if kind == "tensor" else adapter
@@ -356,6 +357,8 @@ def task_arithmetic(
             if key not in place:
                 raise ValueError(f"{name}: base has no floating-point entry of that name")
             out[place[key]] = _plus_product(name, out[place[key]], pair, c[count + j])
+    # Without models what no adapter changes would be the base's own tensor.
+    out = [t.clone() if id(t) in given else t for t in out]
     return _models.as_given(kind, keys, whole, out)
 
 

@@ -8,6 +8,7 @@ and state dicts, with `dim` row by row (filter by filter); a tensor of fewer tha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,6 +92,8 @@ def _weights(name: str, value: Any, count: int, like: Tensor) -> Tensor:
             w = torch.tensor(value, dtype=torch.float64, device=like.device)
         except (TypeError, ValueError, RuntimeError):
             raise TypeError(f"{name}: expected {count} numbers, got {value!r:.200}") from None
+        if w.dim() == 1 and len(value) and math.fsum(value) == 0:
+            raise ValueError(f"{name}: they add up to zero and cannot be divided by their sum")
     if w.shape != (count,):
         raise ValueError(
             f"{name}: expected shape ({count},), one for each model, got {tuple(w.shape)}"

@@ -99,7 +99,8 @@ def lookahead_(
         every, step: nothing happens unless step, which counts from 1, is a multiple of `every`.
         write_back: one pass that reads and writes both; False leaves the fast weights alone.
 
-    Shapes: each slow tensor and its fast one have one shape, any. Returns whether the step was made.
+    Shapes: each slow tensor and its fast one have one shape, any. Of DTensors each process moves its shards. Returns
+    whether the step was made.
 
     Raises:
         ValueError, TypeError: naming the argument: empty lists, keys, shapes, dtypes (integer entries included) or
@@ -112,7 +113,7 @@ def lookahead_(
     for name, value in (("every", every), ("step", step)):
         if isinstance(value, bool) or not isinstance(value, int | torch.SymInt) or value < 1:
             raise ValueError(f"{name}: expected an int of at least 1, got {value!r}")
-    slow, fast = _containers(slow), _containers(fast)
+    slow, fast = _lists.shards(_containers(slow)), _lists.shards(_containers(fast))
     flat_slow, flat_fast = _gather(slow, fast)
     if step % every:
         return False

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from . import _plan
-from ._checkpoint import Checkpoint, Located, open_checkpoint
+from ._checkpoint import Checkpoint, Located, memory_of, open_checkpoint
 from ._rules import Rules, checked_rules
-from .merge_files import checked_dtype
+from .merge_files import check_seed, checked_dtype
 from .methods import Method
 
 
@@ -46,7 +46,8 @@ def merge(
         seed: of random methods. A mask depends on the seed, the tensor's name and the model's place.
 
     Returns a module where the first model is one (a copy of the base, or of the first model, that holds the
-    merged weights), else a state dict. Names that share one tensor in the reference share one in the result.
+    merged weights), else a state dict. Names that share one tensor in all models, and have one method, share one
+    in the result.
 
     Shapes: any; each result has the shape of its inputs. Results from state dicts carry gradients where the method
     does; see the functions of `solera.weights`.
@@ -60,23 +61,28 @@ def merge(
         raise ValueError("models: expected at least one, got none (K = 0)")
     if not isinstance(method, Method):
         raise TypeError(f"method: expected one such as Linear() or Ties(0.2), got {method!r}")
+    check_seed(seed)
     opened = [_opened(f"models[{k}]", model) for k, model in enumerate(models)]
     around = None if base is None else _opened("base", base)
     labels = [f"models[{k}]" for k in range(len(models))]
     dtype = checked_dtype(out_dtype)
     items, _ = _plan.make_items(opened, labels, around, method, checked_rules(rules), strict, dtype)
-    like = opened[0] if around is None else around
     where = None if device is None else torch.device(device)
     result: dict[str, Tensor] = {}
     for item in items:
-        kept = like.tied.get(item.name)
-        if kept in result and result[kept].shape == item.shape:
-            result[item.name] = result[kept]
-        else:
-            result[item.name] = _merged(item, where, seed)
+        result[item.name] = result[item.twin] if item.twin else _merged(item, where, seed)
     if not isinstance(models[0], torch.nn.Module):
         return result
-    pattern = base if isinstance(base, torch.nn.Module) else models[0]
+    pattern, own, label = models[0], opened[0], "models[0]"
+    if around is not None and isinstance(base, torch.nn.Module):
+        pattern, own, label = base, around, "base"
+    apart = [pair for pair in own.tied.items() if result.get(pair[0]) is not result.get(pair[1])]
+    if apart:
+        names = ", ".join(f"{gone!r} and {kept!r}" for gone, kept in apart)
+        raise ValueError(
+            f"models: {names} are one tensor in {label}, but not in all models or not by one method, so that a "
+            "module with one tensor cannot hold the result; give state dicts, or one rule for both"
+        )
     return _module(pattern, result, dtype, where)
 
 
@@ -95,9 +101,10 @@ def _opened(name: str, model: Any) -> Checkpoint:
         if not isinstance(t, Tensor) or t.layout is not torch.strided:
             raise TypeError(f"{name}[{key!r}]: expected a dense tensor, got {type(t).__name__}")
         found.tensors[key] = Located(t.dtype, tuple(t.shape), Path(name), 0, t.nbytes, t)
-        same = (t.data_ptr(), t.dtype, t.shape, t.stride())
-        if t.nbytes and not t.is_meta and seen.setdefault(same, key) != key:
-            found.tied[key] = seen[same]
+        if t.nbytes and not t.is_meta:
+            same = memory_of(t)
+            if seen.setdefault(same, key) != key:
+                found.tied[key] = seen[same]
     return found
 
 

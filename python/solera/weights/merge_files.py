@@ -23,6 +23,7 @@ from ._plan import Plan
 from ._progress import Callback, progress_bar
 from ._ring import compiled
 from ._rules import Rules, checked_rules
+from ._safetensors import NAMES
 from ._stream import Stream
 from ._target import Target
 from .methods import Method
@@ -92,8 +93,7 @@ def merge_files(
     target = Target(Path(output), overwrite)
     if target.single is False and Path(output).suffix in (".bin", ".pt", ".pth", ".ckpt"):
         raise ValueError(f"output: expected a name in .safetensors or a folder, got {output}")
-    if type(seed) is not int:
-        raise TypeError(f"seed: expected an int, got {seed!r}")
+    check_seed(seed)
     if type(readers) is not int or readers < 1:
         raise ValueError(f"readers: expected 1 or more, got {readers!r}")
     where = _usable(device)
@@ -163,6 +163,14 @@ def checked_dtype(value: torch.dtype | str | None) -> torch.dtype | None:
     return found
 
 
+def check_seed(seed: object) -> None:
+    """What the random methods take, known before they have their turn."""
+    if type(seed) is not int:
+        raise TypeError(f"seed: expected an int, got {seed!r}")
+    if not -(2**63) <= seed < 2**63:
+        raise ValueError(f"seed: expected an int that fits 64 bits, got {seed}")
+
+
 def _make_plan(
     models, labels, around, target, method, rules, strict, out_dtype, seed, max_memory, two_sweeps
 ) -> tuple[Plan, str]:
@@ -174,10 +182,16 @@ def _make_plan(
     items, notes = _plan.make_items(models, labels, around, method, rules, strict, out_dtype)
     if not items:
         raise ValueError("inputs: the models hold no tensors")
+    for item in items:
+        if item.dtype not in NAMES:
+            raise ValueError(
+                f"inputs: {item.name!r} is of {item.dtype}, which safetensors has no name for"
+            )
     like = models[0] if around is None else around
     single = target.output.name if target.single else None
     files, index_name = _plan.make_files(items, like, single)
     metadata = {
+        **like.metadata,
         "format": "pt",  # what transformers asks for
         "solera.version": __version__,
         "solera.method": repr(method),
@@ -186,8 +200,8 @@ def _make_plan(
         "solera.base": "" if around is None else around.path.name,
         "solera.seed": str(seed),
     }
-    gone = {name: kept for name, kept in like.tied.items() if name not in like.tensors}
-    metadata.update(gone)
+    written = {item.name for item in items}
+    metadata.update({gone: kept for gone, kept in like.tied.items() if gone not in written})
     plan = Plan(
         output=target.output,
         inputs=[model.path for model in models],

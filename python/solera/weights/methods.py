@@ -19,8 +19,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .. import _check
 from .._registry import compiled_library
-from ._method import Method, Numbers, numbers, options, widened, within
+from ._method import Method, Numbers, numbers, options, shares, widened, within
 
 
 def _function(name: str):
@@ -43,11 +44,7 @@ class Linear(Method):
     normalize: bool = True
 
     def __post_init__(self):
-        numbers(self, "weights", self.weights)
-        if self.normalize and self.weights is not None and sum(self.weights) == 0:
-            raise ValueError(
-                f"weights: they add up to zero and cannot be normalized: {self.weights}"
-            )
+        (shares if self.normalize else numbers)(self, "weights")
 
     def tiling(self, shape):
         return "elements"
@@ -69,8 +66,10 @@ class TaskArithmetic(Method):
     uses_base: ClassVar[bool] = True
 
     def __post_init__(self):
-        if not isinstance(self.weights, int | float):
-            numbers(self, "weights", self.weights)
+        if isinstance(self.weights, int | float):
+            _check.number("weights", self.weights)
+        else:
+            numbers(self, "weights")
 
     def tiling(self, shape):
         return "elements"
@@ -176,6 +175,11 @@ class Geometric(Method):
     def tiling(self, shape):
         return "rows" if getattr(self, "dim", None) == 0 and len(shape) > 1 else "whole"
 
+    def check_shape(self, name, shape):
+        dim = getattr(self, "dim", None)
+        if dim is not None and len(shape) > 1 and not -len(shape) <= dim < len(shape):
+            raise ValueError(f"dim: {dim} is out of range for {name!r} of shape {tuple(shape)}")
+
     def two_sweeps(self):
         return getattr(self, "dim", None) is None
 
@@ -236,7 +240,7 @@ class MultiSlerp(Geometric):
     weights: Numbers | None = None
 
     def __post_init__(self):
-        numbers(self, "weights", self.weights)
+        shares(self, "weights")
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         tensors, _ = widened(tensors, None, out_dtype)
@@ -254,7 +258,7 @@ class Karcher(Geometric):
     weights: Numbers | None = None
 
     def __post_init__(self):
-        numbers(self, "weights", self.weights)
+        shares(self, "weights")
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         tensors, _ = widened(tensors, None, out_dtype)
@@ -309,7 +313,7 @@ class _TaskVectors(Method):
         return 1.0 if compiled_library is not None else 8.0 * count
 
     def __post_init__(self):
-        numbers(self, "weights", getattr(self, "weights", None))
+        numbers(self, "weights")
         within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
         within("gamma", getattr(self, "gamma", 0.0), 0.0, 1.0)
         options(self)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._registry import accumulate_type
 from . import _lists
 
 
@@ -64,12 +65,18 @@ def masked_update_(weight: Any, grad: Any, mask: Any, lr: float, *, frozen: Any 
         free = _mask("mask", m, w)
         if f is not None:
             free = free & ~_mask("frozen", f, w)
-        w.sub_(torch.where(free, g, 0.0).to(w.dtype), alpha=lr)
+        _lists.refuse_expanded("weight", w)
+        # Rounded once, also where the gradient is wider than the weight.
+        acc = torch.promote_types(accumulate_type(w), g.dtype)
+        w.copy_(torch.where(free, w.to(acc) - lr * g.to(acc), w.to(acc)))
 
 
-def _ranks(key: Tensor) -> Tensor:
-    """The place of each element in increasing order, ties by index."""
+def _ranks(last: Tensor, key: Tensor) -> Tensor:
+    """The place of each element in increasing order of (last, key), ties by index: whatever the keys, NaN and
+    infinities among them, those that come last come after the others.
+    """
     order = torch.argsort(key, stable=True)
+    order = order[torch.argsort(last[order].byte(), stable=True)]
     return torch.empty_like(order).scatter_(0, order, torch.arange(len(key), device=key.device))
 
 
@@ -78,7 +85,8 @@ def prune_grow_(weight: Tensor, mask: Tensor, score: Tensor | None, fraction: fl
     r"""One round of dynamic sparse training, in place: the weakest connections for as many new ones.
 
     Of the n connections in the mask the $k = \lfloor\mathrm{fraction}\cdot n\rfloor$ of least |w| go, and k of those
-    outside come in, the ones of largest score (or all there are). Weights that go or come are 0.
+    outside come in, the ones of largest score (or all there are). Weights that go or come are 0. NaN is the largest |w|
+    and the least score.
 
     Args:
         weight: W, written.
@@ -109,10 +117,8 @@ def prune_grow_(weight: Tensor, mask: Tensor, score: Tensor | None, fraction: fl
     # A thousandth of a unit, so that 0.3 of 10 is 3.
     k = torch.floor(count.double() * fraction + 1e-3).long()
     k = torch.minimum(k, (held.numel() - count))
-    size = torch.where(held, weight.reshape(-1).abs().float(), math.inf)
-    wish = torch.where(held, -math.inf, score.reshape(-1).float())
-    pruned = held & (_ranks(size) < k)
-    grown = ~held & (_ranks(-wish) < k)
+    pruned = _ranks(~held, weight.reshape(-1).abs()) < k
+    grown = _ranks(held, -score.reshape(-1)) < k
     moved = (pruned | grown).view(mask.shape)
     mask.logical_xor_(moved)
     weight.masked_fill_(moved, 0.0)
