@@ -7,6 +7,9 @@
 // three (for float64 six) passes of histograms over the bits find it. All counts are integers and
 // the answer is a value that is there: nothing depends on the sample, the threads or the order.
 //
+// Of tensors that do not fit in memory abs_digits counts the keys of a part by 16 of their bits: two
+// (for float64 four) reads of all parts find the value, digit by digit from the top.
+//
 // Bytes: one read of the tensors and of the base. K models share the read of a base's chunk.
 #include "delta_tiles.h"
 
@@ -20,6 +23,7 @@ struct BracketCounts {
   int64_t above = 0, from_high = 0, from_low = 0;  // keys > high, >= high, >= low
 };
 constexpr int kDigitBits = 11;
+constexpr int kLongDigitBits = 16;
 
 struct AbsQuantileTable {
   // Indexed by the keys' width: 0 float, 1 double. Keys are int32_t or int64_t.
@@ -28,6 +32,7 @@ struct AbsQuantileTable {
                         BracketCounts& counts, void* inside);
   void (*histogram[2])(const DeltaSource&, int64_t offset, int64_t count, int64_t prefix, int shift,
                        int64_t* bins);
+  void (*digits[2])(const DeltaSource&, int64_t count, int64_t prefix, int shift, int64_t* bins);
 };
 
 namespace SOLERA_ISA {
@@ -143,6 +148,27 @@ void histogram(const DeltaSource& s, int64_t offset, int64_t count, int64_t pref
   });
 }
 
+// The same with digits of 16 bits, those that count gathered first: at the second digit they are few.
+template <class A>
+void digits(const DeltaSource& s, int64_t count, int64_t prefix, int shift, int64_t* bins) {
+  constexpr Key<A> kLast = (Key<A>(1) << kLongDigitBits) - 1;
+  Key<A> found[kDeltaTile + Vec<A>::lanes];
+  const Key<A> wanted = Key<A>(prefix);
+  int64_t n = 0;
+  const auto flush = [&] {
+    for (int64_t i = 0; i < n; ++i) ++bins[found[i] & kLast];
+    n = 0;
+  };
+  each_key<A>(s, 0, count, [&](KeyVec<A> key, int here) {
+    const KeyVec<A> rest = key >> shift;
+    KeyVec<A> mine = (KeyVec<A>)((rest >> kLongDigitBits) == wanted);
+    for (int i = here; i < Vec<A>::lanes; ++i) mine[i] = 0;
+    if (n > kDeltaTile - Vec<A>::lanes) flush();
+    n += append(found + n, rest, mine);
+  });
+  flush();
+}
+
 }  // namespace
 
 extern const AbsQuantileTable abs_quantile_table;
@@ -150,6 +176,7 @@ const AbsQuantileTable abs_quantile_table = {
     {sample<float>, sample<double>},
     {collect<float>, collect<double>},
     {histogram<float>, histogram<double>},
+    {digits<float>, digits<double>},
 };
 
 }  // namespace SOLERA_ISA
@@ -379,9 +406,39 @@ Tensor abs_quantile(const std::vector<Tensor>& tensors, const std::vector<Tensor
   return out;
 }
 
+// (H, 2^16) counts: of model which[h] the elements whose key has prefixes[h] above the 16 bits at
+// `shift`, by those bits. A task counts for one row: nothing is added up between threads.
+Tensor abs_digits(const std::vector<Tensor>& tensors, const std::vector<Tensor>& base,
+                  const std::vector<int64_t>& which, const std::vector<int64_t>& prefixes,
+                  int64_t shift) {
+  const int64_t K = int64_t(tensors.size()), H = int64_t(which.size());
+  const DeltaLists lists("abs_digits", tensors, base, K);
+  STD_TORCH_CHECK(lists.length == 1 && int64_t(prefixes.size()) == H && H > 0,
+                  "abs_digits: expected one tensor a model, and as many prefixes as rows");
+  const bool wide = lists.wide(0);
+  STD_TORCH_CHECK(shift >= 0 && shift <= (wide ? 48 : 16), "abs_digits: shift ", shift);
+  for (const int64_t k : which) STD_TORCH_CHECK(k >= 0 && k < K, "abs_digits: model ", k);
+  Tensor out = empty_like(tensors[0], std::vector<int64_t>{H, int64_t(1) << kLongDigitBits},
+                          ScalarType::Long);
+  int64_t* bins = static_cast<int64_t*>(out.mutable_data_ptr());
+  const auto& table = pick_abs_quantile_table();
+  parallel_for(0, H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h) {
+      int64_t* row = bins + (h << kLongDigitBits);
+      memset(row, 0, sizeof(int64_t) << kLongDigitBits);
+      table.digits[wide]({lists.streams[which[h]], lists.base(0), wide},
+                         lists.elements[0], prefixes[h], int(shift), row);
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) { m.impl("abs_quantile", TORCH_BOX(&abs_quantile)); }
+STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {
+  m.impl("abs_quantile", TORCH_BOX(&abs_quantile));
+  m.impl("abs_digits", TORCH_BOX(&abs_digits));
+}
 
 }  // namespace solera
 #endif  // SOLERA_FRONT
