@@ -66,8 +66,8 @@ SOLERA_INLINE PhiloxWords philox(vu first, uint32_t second, uint32_t third, uint
     even.round(x, y);
     odd.round(x, y);
   }
-  return {{interleaved(even.c0, odd.c0), interleaved(even.c1, odd.c1),
-           interleaved(even.c2, odd.c2), interleaved(even.c3, odd.c3)}};
+  return {{interleaved(even.c0, odd.c0), interleaved(even.c1, odd.c1), interleaved(even.c2, odd.c2),
+           interleaved(even.c3, odd.c3)}};
 }
 #else
 // The low and high halves of a 32 x 32 bit product.

@@ -232,7 +232,20 @@ def _width(dtype, base_dtype):
 
 
 def consensus(
-    tensors, base, weights, factors, low, high, seed, keys, keep, vote, before, divide, scale, begins=()
+    tensors,
+    base,
+    weights,
+    factors,
+    low,
+    high,
+    seed,
+    keys,
+    keep,
+    vote,
+    before,
+    divide,
+    scale,
+    begins=(),
 ):
     K, length = weights.shape
     columns, bases = _columns(tensors, base, tensors[:length])

@@ -50,9 +50,9 @@ struct ConsensusTable {
   // [accumulator][vote]. scratch: bytes(K) of it, aligned to 64.
   int64_t (*bytes)(int count);
   void (*forward[2][kVotes])(const ConsensusItem&, void* out, int out_dtype, int64_t offset,
-                        int64_t count, bool streaming, void* scratch);
+                             int64_t count, bool streaming, void* scratch);
   void (*backward[2][kVotes])(const ConsensusItem&, const ConsensusGradient&, int64_t offset,
-                         int64_t count, bool streaming, void* scratch);
+                              int64_t count, bool streaming, void* scratch);
   void (*norms[2])(const ConsensusItem&, int64_t offset, int64_t count, double* sums,
                    void* scratch);
 };
@@ -437,9 +437,9 @@ std::vector<Tensor> consensus(const std::vector<Tensor>& tensors, const std::vec
   const bool streaming = bytes >= kConsensusStreamBytes;
   chunks.parallel(
       kListChunk * 4 * (lists.models + 1), [&](size_t l, int64_t offset, int64_t count, int64_t) {
-        table.forward[int(dtypes[l] == kFloat64)][lists.vote](lists.item(l), data[l], dtypes[l], offset,
-                                                        count, streaming,
-                                                        consensus_scratch(int(lists.models)));
+        table.forward[int(dtypes[l] == kFloat64)][lists.vote](lists.item(l), data[l], dtypes[l],
+                                                              offset, count, streaming,
+                                                              consensus_scratch(int(lists.models)));
       });
   return out;
 }
@@ -488,8 +488,8 @@ std::tuple<Tensor, std::vector<Tensor>> consensus_backward(
                                      &data[l * (K + 1)],
                                      &dtypes[l * (K + 1)],
                                      need_weights ? &partial[chunk * 2 * K] : nullptr};
-        table.backward[int(lists.wide(l))][lists.vote](lists.item(l), grad, offset, count, streaming,
-                                                 consensus_scratch(int(K)));
+        table.backward[int(lists.wide(l))][lists.vote](lists.item(l), grad, offset, count,
+                                                       streaming, consensus_scratch(int(K)));
       });
   if (need_weights) {
     std::vector<double> dots(size_t(2 * K * L));

@@ -23,7 +23,7 @@ struct ConsensusNumbers {
 struct ConsensusLists : DeltaLists {
   ConsensusNumbers low, high, election, value, divisor;  // [L][K]
   std::vector<double> factors;                           // [K][L]
-  std::vector<int64_t> keys, keep, begins;  // begins: [L] or none
+  std::vector<int64_t> keys, keep, begins;               // begins: [L] or none
   uint64_t seed = 0;
   double scale;
   int vote;  // what the kernels are chosen by

@@ -39,7 +39,7 @@ def keep_below(probability: float) -> int:
 def random_words(
     seed: int | Tensor, key: int, stream: int, elements: int, device=None, begin: int = 0
 ) -> Tensor:
-    """The words of elements begin, begin + 1, ..., int64 in [0, 2^32); seed an int or an int64 tensor of one element."""
+    """The words of elements from `begin` on, int64 in [0, 2^32); seed an int or an int64 tensor of one element."""
     if not isinstance(seed, Tensor):
         seed = torch.tensor(seed, dtype=torch.int64, device=device)
     seed = seed.reshape(())

@@ -59,7 +59,7 @@ class Rule(NamedTuple):
     before: bool
     divide: int
     scale: float
-    begins: list[int] = []
+    begins: Sequence[int] = ()
 
 
 # ---- reference ---------------------------------------------------------------------------------------
