@@ -1250,12 +1250,24 @@ def _(tensors, base, models, ranks, whole):
     return tensors[0].new_empty((models, len(ranks) // models), dtype=torch.float64)
 
 
+# One tensor of each of K models, base one or none. (H, 2^16) int64: of model which[h] the elements whose key (the
+# bits of |w - base|) has prefixes[h] above the 16 bits at `shift`, counted by those bits.
+@op(
+    "weights.abs_quantile",
+    "abs_digits(Tensor[] tensors, Tensor[] base, int[] which, int[] prefixes, int shift) -> Tensor",
+)
+def _(tensors, base, which, prefixes, shift):
+    return tensors[0].new_empty((len(which), 1 << 16), dtype=torch.int64)
+
+
 # weights, factors, low, high (K, L); seed one int64 with keys (L) and keep (K), bounds of 32-bit words. vote and
 # divide index VOTES and DIVISORS of solera.weights.consensus. dweights (K, L), norms (2, K, L), both float64.
+# begins (L) or none: where each tensor begins in the one its words are drawn for, a multiple of 512.
 @op(
     "weights.consensus",
     "consensus(Tensor[] tensors, Tensor[] base, Tensor weights, Tensor? factors, Tensor? low, Tensor? high,"
-    " Tensor? seed, int[] keys, int[] keep, int vote, bool before, int divide, float scale) -> Tensor[]",
+    " Tensor? seed, int[] keys, int[] keep, int vote, bool before, int divide, float scale, int[] begins=[])"
+    " -> Tensor[]",
 )
 def _(tensors, base, weights, *rest):
     out = []
@@ -1282,9 +1294,10 @@ def _(grads, tensors, base, weights, *rest):
 
 @op(
     "weights.consensus",
-    "consensus_norms(Tensor[] tensors, Tensor[] base, Tensor seed, int[] keys, int[] keep) -> Tensor",
+    "consensus_norms(Tensor[] tensors, Tensor[] base, Tensor seed, int[] keys, int[] keep, int[] begins=[])"
+    " -> Tensor",
 )
-def _(tensors, base, seed, keys, keep):
+def _(tensors, base, seed, keys, keep, begins=()):
     shape = (2, len(keep), len(tensors) // len(keep))
     return tensors[0].new_empty(shape, dtype=torch.float64)
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import solera
-from solera.weights.abs_quantile import abs_quantile
+from solera.weights.abs_quantile import DigitSearch, abs_quantile
 
 ops = torch.ops.solera
 SIZES = (1, 7, 600, 5000) if INTERPRETED else (1, 7, 600, 4096, 5000, 300000)
@@ -137,3 +137,52 @@ def test_ranks_out_of_range():
         pytest.skip("needs the compiled library")
     with pytest.raises(RuntimeError, match="rank 25 of 24"):
         ops.abs_quantile([randn(4, 6)], [], 1, [25], False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_digits_of_parts_find_what_all_of_it_has(dtype, backend):
+    """Crowds of equal values, zeros, NaN and infinities, cut anywhere; ranks at the ends and none."""
+    n = 5003
+    b = randn(n, dtype=dtype)
+    tensors = [(b + randn(n, dtype=dtype)).to(dtype) for _ in range(3)]
+    tensors[1][5:300] = float("nan")
+    tensors[1][400] = float("inf")
+    tensors[2][:3000] = b[:3000]
+    ranks = [[200, 0, 1], [n, 297, 298], [2002, 2004, 2003]]
+    truth = torch.stack(
+        [abs_quantile(tensors, [b], 3, [row[g] for row in ranks])[:, 0] for g in range(3)], 1
+    )
+    for part in (n, 777):
+        search = DigitSearch(ranks, dtype == torch.float64)
+        assert search.sweeps == (4 if dtype == torch.float64 else 2)
+        with solera.backend("reference" if backend == "reference" else "auto"):
+            for _ in range(search.sweeps):
+                # The last part but one is of a single element, the last one empty.
+                for begin in (*range(0, n - 1, part), n - 1, n):
+                    end = min(begin + part, n - 1 if begin < n - 1 else n)
+                    search.add([t[begin:end] for t in tensors], b[begin:end])
+                search.turn()
+        assert torch.equal(search.found, truth.cpu())
+    alone = DigitSearch([[17]], dtype == torch.float64)
+    for _ in range(alone.sweeps):
+        alone.add([tensors[0].view(1, n)], None)
+        alone.turn()
+    assert alone.found.item() == abs_quantile([tensors[0]], [], 1, [17]).item()
+
+
+def test_the_contract_of_digits():
+    a, b = randn(40, 50), randn(40, 50)
+    torch.library.opcheck(ops.abs_digits.default, ([a, b], [a], [0, 1, 1], [0, 0, 127], 16))
+    torch.library.opcheck(ops.abs_digits.default, ([a.t()], [], [0], [0], 0))
+    with pytest.raises(RuntimeError):
+        ops.abs_digits([a, randn(3)], [], [0], [0], 16)
+    if solera._registry.compiled_library is not None and not INTERPRETED and DEVICE == "cpu":
+        for which, prefixes, shift in (
+            ([2], [0], 16),
+            ([0], [0, 1], 16),
+            ([0], [0], 17),
+            ([], [], 16),
+        ):
+            with pytest.raises(RuntimeError, match="abs_digits"):
+                ops.abs_digits([a, b], [], which, prefixes, shift)

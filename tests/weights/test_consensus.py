@@ -9,6 +9,7 @@ from helpers import DEVICE, DTYPES, INTERPRETED, assert_accurate, randn
 import solera
 from solera.weights import dare, ties
 from solera.weights._random import keep_below, random_words, tensor_key
+from solera.weights.consensus import consensus_lists, consensus_norms_reference
 
 ops = torch.ops.solera
 F64, F32, BF16, F16 = DTYPES
@@ -394,3 +395,33 @@ def test_bad_input():
     ):  # fmt: skip
         with pytest.raises(error, match=match):
             call()
+
+
+@pytest.mark.parametrize("backend", ["kernels", "reference"])
+def test_a_part_draws_the_words_of_its_place(backend):
+    n, cuts = 6000, (0, 512, 3072, 6000)
+    w, base, *tensors = make(3, (n,))
+    w, seed = w[:, None], torch.tensor([5], device=DEVICE)
+    drawn = {"seed": seed, "keys": [11], "keep": [2**30, 2**31, 2**32]}
+    whole = consensus_lists(tensors, [base], w, vote="mass", divide="weight", **drawn)[0]
+    sums = ops.consensus_norms(tensors, [base], seed, [11], drawn["keep"])
+    found, added = [], torch.zeros_like(sums)
+    with solera.backend("reference" if backend == "reference" else "auto"):
+        for begin, end in itertools.pairwise(cuts):
+            part, around = [t[begin:end] for t in tensors], [base[begin:end]]
+            found += consensus_lists(
+                part, around, w, vote="mass", divide="weight", begins=[begin], **drawn
+            )
+            run = consensus_norms_reference if backend == "reference" else ops.consensus_norms
+            added += run(part, around, seed, [11], drawn["keep"], [begin])
+    assert torch.equal(torch.cat(found), whole)
+    torch.testing.assert_close(added, sums, rtol=1e-12, atol=0)
+    words = random_words(5, 11, 2, 700, DEVICE, begin=1001)
+    assert torch.equal(words, random_words(5, 11, 2, 1701, DEVICE)[1001:])
+    with pytest.raises(RuntimeError, match="without gradients"):
+        grad = [t.clone().requires_grad_() for t in tensors]
+        consensus_lists(grad, [base], w, begins=[512], **drawn)
+    if solera._registry.compiled_library is not None and not INTERPRETED and DEVICE == "cpu":
+        for begins in ([100], [-512], [0, 0]):
+            with pytest.raises(RuntimeError, match="begin"):
+                consensus_lists(tensors, [base], w, begins=begins, **drawn)

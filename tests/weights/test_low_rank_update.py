@@ -183,6 +183,34 @@ def test_unlearning_edit_is_the_rank_one_form():
     assert ((half.double() @ k) - v).abs().max() < 0.1
 
 
+def test_keys_that_no_edit_can_answer_leave_the_weight_as_it_is():
+    w, k, v = randn(4, 6), randn(6), randn(4)
+    for key, several in (
+        (torch.zeros_like(k), torch.stack([k, torch.zeros_like(k)], 1)),
+        (torch.full_like(k, float("nan")), torch.stack([k, k / 0], 1)),
+    ):
+        values = torch.stack([v, v], 1)
+        for run in (
+            lambda edited, **how: rank_one_edit_(edited, key, v, **how),
+            lambda edited, **how: low_rank_edit_(edited, several, values, **how),
+        ):
+            edited = w.clone()
+            with pytest.raises(ValueError, match=r"keys?: expected"):
+                run(edited, validate=True)
+            run(edited, validate=False)
+            assert torch.equal(edited, w)
+    dependent = torch.stack([k, -2 * k], 1)
+    with pytest.raises(ValueError, match="keys: expected finite, linearly independent"):
+        low_rank_edit_(w.clone(), dependent, torch.stack([v, v], 1), validate=True)
+    if w.device.type == "cpu":
+        with pytest.raises(ValueError, match="key: expected a finite vector that is not zero"):
+            rank_one_edit_(w, torch.zeros_like(k), v)
+    # Lengths far apart are no dependence.
+    keys = torch.stack([randn(6), 1e-12 * randn(6)], 1)
+    low_rank_edit_(w.double(), keys.double(), values.double(), validate=True)
+    assert low_rank_edit_(w, keys[:, :0], values[:, :0]) is w
+
+
 def test_decor_projects_directions_out():
     """DECOR:Decomposition and Projection of Text Embeddings for Text-to-Image Customization."""
     e, v = randn(5, 8, dtype=torch.float64), randn(8, 2, dtype=torch.float64)

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -141,6 +142,15 @@ def test_rules_choose_by_name_and_the_first_match_wins():
     torch.testing.assert_close(
         merged["a.weight"], (models[0]["a.weight"] + models[1]["a.weight"]) / 2
     )
+
+
+def test_a_rule_that_matches_nothing_is_warned_of():
+    models = [{"w": torch.ones(2)}] * 2
+    with pytest.warns(UserWarning, match=r"'v\*' matches the whole name of no tensor"):
+        merge(models, Linear(), rules={"w": Copy(0), "v*": Copy(0)})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        merge(models, Linear(), rules={"w": Copy(0)})
 
 
 def test_a_dry_run_knows_unused_rules_and_useless_devices(tmp_path):

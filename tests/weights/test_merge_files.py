@@ -323,9 +323,10 @@ def test_the_budget_decides_the_tiles_or_names_what_is_too_large(tmp_path):
     out = tmp_path / "out.safetensors"
     plan = merge_files(paths, out, Linear(), max_memory="64MiB", dry_run=True)
     assert plan.memory <= 64 * MiB and sum(1 for _ in plan.tiles_of(plan.items[0])) > 4
-    for method in (Ties(), Slerp(dim=1)):
-        with pytest.raises(ValueError, match=r"max_memory: 'w'.*in one piece"):
-            merge_files(paths[:2], out, method, base=paths[2], max_memory="64MiB", dry_run=True)
+    with pytest.raises(ValueError, match=r"max_memory: 'w'.*in one piece"):
+        merge_files(paths[:2], out, Slerp(dim=1), max_memory="64MiB", dry_run=True)
+    thrice = merge_files(paths[:2], out, Ties(), base=paths[2], max_memory="64MiB", dry_run=True)
+    assert thrice.bytes_read == 3 * 3 * big["w"].nbytes and "sweeps   3" in str(thrice)
     rows = merge_files(paths[:2], out, Slerp(dim=0), max_memory="64MiB", dry_run=True)
     assert all(tile.shape[1:] == (2000,) for tile in rows.tiles_of(rows.items[0]))
     with pytest.raises(ValueError, match="max_memory: 'w'"):
@@ -338,7 +339,7 @@ def test_the_budget_decides_the_tiles_or_names_what_is_too_large(tmp_path):
 MEASURE = """
 import sys, threading, time
 from solera.weights import merge_files
-from solera.weights.methods import Karcher, ModelStock, TaskArithmetic
+from solera.weights.methods import Karcher, ModelStock, TaskArithmetic, Ties, Dare, Breadcrumbs
 import solera.weights._ring
 
 def anonymous():
@@ -370,6 +371,10 @@ print(max(peak, anonymous()) - before)
         "TaskArithmetic(0.5)",
         pytest.param("Karcher()", marks=two_sweeps),
         pytest.param("ModelStock()", marks=two_sweeps),
+        "Ties()",
+        "Breadcrumbs()",
+        "Dare()",
+        pytest.param("Dare(rescale='l1')", marks=two_sweeps),
     ],
 )
 def test_memory_stays_within_the_budget(tmp_path, ring, method):
@@ -553,6 +558,13 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out == ""
     same_rules = {"*.bias": Copy(1), "s*": FromBase()}
     assert_same(load(out), merge(states, TaskArithmetic(0.5), base=states[0], rules=same_rules))
+    assert _cli.main(["merge", a, b, "-o", out]) == 1
+    said = capsys.readouterr().err
+    assert "(--overwrite replaces it)" in said and "=True" not in said
+    del states[1]["steps"]
+    a, b = map(str, saved(tmp_path, states))
+    assert _cli.main(["merge", a, b, "-o", out, "--overwrite"]) == 1
+    assert "With --no-strict these" in capsys.readouterr().err
     for text in ("--rule x", "--method no", "--method ties", "", "--max-memory x"):
         wrong = text.split()
         assert _cli.main(["merge", a, b, "-o", out, *wrong]) == 1

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ...weights.abs_quantile import abs_digits_reference
 from .._launch import on_device_of
 from ._table import LANGUAGE_DTYPE, aligned, build, pointer, program_of, size
 
@@ -158,6 +159,11 @@ def abs_quantile(tensors, base, models, ranks, whole):
                     ids, prefixes, left, bins, out, LAST=shift == 0, KEY64=key64
                 )
     return out
+
+
+def abs_digits(tensors, base, which, prefixes, shift):
+    """torch's bincount: these counts are for tensors that come from a disk, which is slower."""
+    return abs_digits_reference(tensors, base, which, prefixes, shift)
 
 
 # ---- ahead-of-time compilation -----------------------------------------------------------------------

@@ -27,7 +27,7 @@ from .lincomb import _accumulator, _columns, _rounded, _stream, lincomb_sum_kern
 
 
 # A row of the table: the K streams, the base (or 0), the output, the number of elements, the column, the
-# tensor's key, the bits of the scale.
+# tensor's key, the bits of the scale, where it begins in the tensor its words are drawn for.
 @triton.jit
 def consensus_forward_kernel(
     rows, programs, numbers, keep, seeds, K, length,
@@ -36,11 +36,12 @@ def consensus_forward_kernel(
     ACC: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     item, chunk = program_of(programs)
-    row = rows + item * (K + 6)
+    row = rows + item * (K + 7)
     n = size(row + K + 2, ALIGNED)
     column = tl.load(row + K + 3)
     key = tl.load(row + K + 4)
     scale = scale_of(row + K + 5, ACC)
+    begin = tl.load(row + K + 6)
     out = pointer(row + K + 1, OUT, ALIGNED)
     seed = tl.load(seeds)
     end = tl.minimum(n, (chunk + 1) * CHUNK)
@@ -51,8 +52,8 @@ def consensus_forward_kernel(
         if HAS_BASE:
             b = tl.load(pointer(row + K, BASE, ALIGNED) + at, mask=mask, other=0.0).to(ACC)
         total, divisor, negative, replaced = verdict_of(
-            row, at, mask, b, K, numbers, column, length, keep, seed, key, start, DTYPE, HAS_BASE, VOTE,
-            DIVIDE, RANDOM, ACC, ALIGNED, BLOCK,
+            row, at, mask, b, K, numbers, column, length, keep, seed, key, begin + start, DTYPE, HAS_BASE,
+            VOTE, DIVIDE, RANDOM, ACC, ALIGNED, BLOCK,
         )  # fmt: skip
         merged = total * scale
         if DIVIDE:
@@ -133,7 +134,8 @@ def consensus_backward_kernel(
     tl.store(partial + slot * 2 * K + lane, dots, mask=lane < 2 * K)
 
 
-# A row: the K streams, the base (or 0), the number of elements, the column, the key, the first partial.
+# A row: the K streams, the base (or 0), the number of elements, the column, the key, the first partial, where the
+# tensor begins in the one its words are drawn for.
 @triton.jit
 def consensus_norms_kernel(
     rows, programs, keep, seeds, partial, K,
@@ -142,9 +144,10 @@ def consensus_norms_kernel(
 ):  # fmt: skip
     """K sums of |d| and K of what is kept, of a chunk, into partial[first + chunk]."""
     item, chunk = program_of(programs)
-    row = rows + item * (K + 5)
+    row = rows + item * (K + 6)
     n = size(row + K + 1, ALIGNED)
     key = tl.load(row + K + 3)
+    begin = tl.load(row + K + 5)
     seed = tl.load(seeds)
     lane = tl.arange(0, KP)
     sums = tl.zeros((KP,), tl.float64)
@@ -158,7 +161,7 @@ def consensus_norms_kernel(
         for k in range(K):
             magnitude = tl.abs(_stream(row, k, at, mask, b, DTYPE, HAS_BASE, ACC, ALIGNED))
             magnitude = magnitude.to(tl.float64)
-            kept = drawn(seed, key, k, start, tl.load(keep + k), BLOCK)
+            kept = drawn(seed, key, k, begin + start, tl.load(keep + k), BLOCK)
             left = tl.sum(tl.where(kept, magnitude, 0.0))
             sums += tl.where(lane == k, tl.sum(magnitude), 0.0) + tl.where(lane == K + k, left, 0.0)
     slot = tl.load(row + K + 4) + chunk
@@ -229,7 +232,20 @@ def _width(dtype, base_dtype):
 
 
 def consensus(
-    tensors, base, weights, factors, low, high, seed, keys, keep, vote, before, divide, scale
+    tensors,
+    base,
+    weights,
+    factors,
+    low,
+    high,
+    seed,
+    keys,
+    keep,
+    vote,
+    before,
+    divide,
+    scale,
+    begins=(),
 ):
     K, length = weights.shape
     columns, bases = _columns(tensors, base, tensors[:length])
@@ -249,7 +265,7 @@ def consensus(
         row = [t.data_ptr() for t in column]
         row += [0 if b is None else b.data_ptr(), y.data_ptr(), y.numel()]
         even = aligned(row)
-        row += [item, keys[item], _bits(scale)]
+        row += [item, keys[item], _bits(scale), begins[item] if begins else 0]
         groups.setdefault((*_kind(column, b), dtype, even), []).append(row)
     for (dtype, base_dtype, out_dtype, even), rows in groups.items():
         table, programs = build(rows, [triton.cdiv(r[K + 2], config["CHUNK"]) for r in rows], like)
@@ -324,7 +340,7 @@ def consensus_backward(
     return dweights.contiguous(), gradients
 
 
-def consensus_norms(tensors, base, seed, keys, keep):
+def consensus_norms(tensors, base, seed, keys, keep, begins=()):
     K = len(keep)
     length = len(tensors) // K
     columns, bases = _columns(tensors, base, tensors[:length])
@@ -339,7 +355,7 @@ def consensus_norms(tensors, base, seed, keys, keep):
             continue
         row = [*[t.data_ptr() for t in column], 0 if b is None else b.data_ptr(), n]
         even = aligned(row)
-        row += [item, keys[item], first[-2]]
+        row += [item, keys[item], first[-2], begins[item] if begins else 0]
         groups.setdefault((*_kind(column, b), even), []).append(row)
     partial = like.new_empty((first[-1], 2 * K), dtype=torch.float64)
     for (dtype, base_dtype, even), rows in groups.items():

@@ -7,6 +7,9 @@
 // three (for float64 six) passes of histograms over the bits find it. All counts are integers and
 // the answer is a value that is there: nothing depends on the sample, the threads or the order.
 //
+// Of tensors that do not fit in memory abs_digits counts the keys of a part by 16 of their bits:
+// two (for float64 four) reads of all parts find the value, digit by digit from the top.
+//
 // Bytes: one read of the tensors and of the base. K models share the read of a base's chunk.
 #include "delta_tiles.h"
 
@@ -17,9 +20,13 @@ struct DeltaSource {
   bool wide;  // w - base is taken in double
 };
 struct BracketCounts {
-  int64_t above = 0, from_high = 0, from_low = 0;  // keys > high, >= high, >= low
+  int64_t above = 0, at_high = 0, at_low = 0;  // keys > high, == high, == low
 };
 constexpr int kDigitBits = 11;
+constexpr int kLongDigitBits = 16;
+// The models take turns of so many elements, so that the base stays in the first cache; each asks
+// for what it reads at its next turn meanwhile.
+constexpr int64_t kTurn = 2048;
 
 struct AbsQuantileTable {
   // Indexed by the keys' width: 0 float, 1 double. Keys are int32_t or int64_t.
@@ -28,6 +35,7 @@ struct AbsQuantileTable {
                         BracketCounts& counts, void* inside);
   void (*histogram[2])(const DeltaSource&, int64_t offset, int64_t count, int64_t prefix, int shift,
                        int64_t* bins);
+  void (*digits[2])(const DeltaSource&, int64_t count, int64_t prefix, int shift, int64_t* bins);
 };
 
 namespace SOLERA_ISA {
@@ -48,7 +56,12 @@ SOLERA_INLINE Key<A> key_at(const DeltaSource& s, int64_t i) {
 
 template <class A>
 void sample(const DeltaSource& s, const int64_t* places, int64_t count, void* keys) {
-  for (int64_t i = 0; i < count; ++i) ((Key<A>*)keys)[i] = key_at<A>(s, places[i]);
+  constexpr int64_t kAhead = 16;  // each place is on a line of its own
+  const int64_t size = s.w.dtype == kFloat64 ? 8 : s.w.dtype == kFloat32 ? 4 : 2;
+  for (int64_t i = 0; i < count; ++i) {
+    if (i + kAhead < count) __builtin_prefetch((const char*)s.w.data + places[i + kAhead] * size);
+    ((Key<A>*)keys)[i] = key_at<A>(s, places[i]);
+  }
 }
 
 // Calls body(keys, n) for vectors of keys of [offset, offset + count), n of whose lanes count.
@@ -71,61 +84,102 @@ SOLERA_INLINE void each_key(const DeltaSource& s, int64_t offset, int64_t count,
     for (int j = 0; j < n; j += L) {
       const int here = n - j < L ? n - j : L;
       V delta = get(w + j, here);
+      if (w != w_tile) __builtin_prefetch(w + j + kTurn);
       if (base) delta -= get(base + j, here);
       body(bits_as<KeyVec<A>>(delta) & kLargestKey<A>, here);
     }
   }
 }
 
-// Writes the lanes of v whose mask is set to `out`, in order; a whole vector may be written.
-// Returns how many there were.
-SOLERA_INLINE int append(int32_t* out, vi v, vi mask) {
+// Comparisons of keys, counts of the lanes that pass, and those lanes written to `out` in order (a
+// whole vector may be written; returns how many there were).
 #if defined(__AVX512F__)
-  const __mmask16 m = _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask);
+SOLERA_INLINE __mmask16 beyond(vi a, vi b) {
+  return _mm512_cmpgt_epi32_mask((__m512i)a, (__m512i)b);
+}
+SOLERA_INLINE __mmask8 beyond(vl a, vl b) {
+  return _mm512_cmpgt_epi64_mask((__m512i)a, (__m512i)b);
+}
+SOLERA_INLINE __mmask16 equal(vi a, vi b) {
+  return _mm512_cmpeq_epi32_mask((__m512i)a, (__m512i)b);
+}
+SOLERA_INLINE __mmask8 equal(vl a, vl b) { return _mm512_cmpeq_epi64_mask((__m512i)a, (__m512i)b); }
+SOLERA_INLINE __mmask16 both(__mmask16 a, __mmask16 b) { return _kand_mask16(a, b); }
+SOLERA_INLINE __mmask8 both(__mmask8 a, __mmask8 b) { return _kand_mask8(a, b); }
+SOLERA_INLINE __mmask16 first_lanes(int n, __mmask16) { return __mmask16((1u << n) - 1); }
+SOLERA_INLINE __mmask8 first_lanes(int n, __mmask8) { return __mmask8((1u << n) - 1); }
+SOLERA_INLINE void tally(vi& counts, __mmask16 m) {
+  counts = (vi)_mm512_mask_sub_epi32((__m512i)counts, m, (__m512i)counts, _mm512_set1_epi32(-1));
+}
+SOLERA_INLINE void tally(vl& counts, __mmask8 m) {
+  counts = (vl)_mm512_mask_sub_epi64((__m512i)counts, m, (__m512i)counts, _mm512_set1_epi64(-1));
+}
+SOLERA_INLINE int append(int32_t* out, vi v, __mmask16 m) {
   _mm512_storeu_si512(out, _mm512_maskz_compress_epi32(m, (__m512i)v));
   return __builtin_popcount(m);
+}
+SOLERA_INLINE int append(int64_t* out, vl v, __mmask8 m) {
+  _mm512_storeu_si512(out, _mm512_maskz_compress_epi64(m, (__m512i)v));
+  return __builtin_popcount(m);
+}
 #else
+template <class K>
+SOLERA_INLINE K beyond(K a, K b) {
+  return (K)(a > b);
+}
+template <class K>
+SOLERA_INLINE K equal(K a, K b) {
+  return (K)(a == b);
+}
+template <class K>
+SOLERA_INLINE K both(K a, K b) {
+  return a & b;
+}
+template <class K>
+SOLERA_INLINE K first_lanes(int n, K mask) {
+  for (int i = 0; i < int(sizeof(K) / sizeof(mask[0])); ++i) mask[i] = -(i < n);
+  return mask;
+}
+template <class K>
+SOLERA_INLINE void tally(K& counts, K mask) {
+  counts -= mask;
+}
+template <class N, class K>
+SOLERA_INLINE int append(N* out, K v, K mask) {
 #if defined(__AVX2__)
   if (_mm256_testz_si256((__m256i)mask, (__m256i)mask)) return 0;
 #endif
   int n = 0;
-  for (int i = 0; i < kLanes<float>; ++i) {
-    out[n] = v[i];
-    n -= mask[i];
-  }
-  return n;
-#endif
-}
-SOLERA_INLINE int append(int64_t* out, vl v, vl mask) {
-  int n = 0;
-  for (int i = 0; i < kLanes<double>; ++i) {
+  for (int i = 0; i < int(sizeof(K) / sizeof(N)); ++i) {
     out[n] = v[i];
     n -= int(mask[i]);
   }
   return n;
 }
+#endif
 
 // bracket: low, high. `inside` holds `count` keys and one vector more.
 template <class A>
 int64_t collect(const DeltaSource& s, int64_t offset, int64_t count, const void* bracket,
                 BracketCounts& counts, void* inside) {
-  const Key<A> low = ((const Key<A>*)bracket)[0], high = ((const Key<A>*)bracket)[1];
-  KeyVec<A> above{}, from_high{}, from_low{};  // fewer than 2^31 of a chunk: no lane overflows
+  const KeyVec<A> low = ((const Key<A>*)bracket)[0] - KeyVec<A>{},
+                  high = ((const Key<A>*)bracket)[1] - KeyVec<A>{};
+  KeyVec<A> above{}, at_high{}, at_low{};  // fewer than 2^31 of a chunk: no lane overflows
   Key<A>* to = (Key<A>*)inside;
   int64_t n = 0;
   each_key<A>(s, offset, count, [&](KeyVec<A> key, int here) {
     if (here < Vec<A>::lanes)  // a key below every bracket
       for (int i = here; i < Vec<A>::lanes; ++i) key[i] = -2;
-    const KeyVec<A> over = key > high, at_high = key >= high;
-    above -= over;
-    from_high -= at_high;
-    from_low -= (KeyVec<A>)(key >= low);
-    n += append(to + n, key, (KeyVec<A>)(key > low) & ~at_high);
+    const auto over = beyond(key, high);
+    tally(above, over);
+    tally(at_high, equal(key, high));
+    tally(at_low, equal(key, low));
+    n += append(to + n, key, both(beyond(key, low), beyond(high, key)));
   });
   for (int i = 0; i < Vec<A>::lanes; ++i) {
     counts.above += above[i];
-    counts.from_high += from_high[i];
-    counts.from_low += from_low[i];
+    counts.at_high += at_high[i];
+    counts.at_low += at_low[i];
   }
   return n;
 }
@@ -143,6 +197,28 @@ void histogram(const DeltaSource& s, int64_t offset, int64_t count, int64_t pref
   });
 }
 
+// The same with digits of 16 bits, those that count gathered first: at the second digit they are
+// few.
+template <class A>
+void digits(const DeltaSource& s, int64_t count, int64_t prefix, int shift, int64_t* bins) {
+  constexpr Key<A> kLast = (Key<A>(1) << kLongDigitBits) - 1;
+  Key<A> found[kDeltaTile + Vec<A>::lanes];
+  const KeyVec<A> wanted = Key<A>(prefix) - KeyVec<A>{};
+  int64_t n = 0;
+  const auto flush = [&] {
+    for (int64_t i = 0; i < n; ++i) ++bins[found[i] & kLast];
+    n = 0;
+  };
+  each_key<A>(s, 0, count, [&](KeyVec<A> key, int here) {
+    const KeyVec<A> rest = key >> shift;
+    auto mine = equal((KeyVec<A>)(rest >> kLongDigitBits), wanted);
+    if (here < Vec<A>::lanes) mine = both(mine, first_lanes(here, mine));
+    if (n > kDeltaTile - Vec<A>::lanes) flush();
+    n += append(found + n, rest, mine);
+  });
+  flush();
+}
+
 }  // namespace
 
 extern const AbsQuantileTable abs_quantile_table;
@@ -150,6 +226,7 @@ const AbsQuantileTable abs_quantile_table = {
     {sample<float>, sample<double>},
     {collect<float>, collect<double>},
     {histogram<float>, histogram<double>},
+    {digits<float>, digits<double>},
 };
 
 }  // namespace SOLERA_ISA
@@ -212,6 +289,34 @@ struct Selection {
   Number found = 0;
 };
 
+// The r-th largest, from 0, of non-negative numbers, which are moved about. Counting them in 2048
+// equal parts of their range first leaves few to compare; the others are not moved at all.
+template <class Number>
+Number largest(std::vector<Number>& keys, int64_t r) {
+  constexpr int kParts = 11;
+  auto first = keys.begin(), last = keys.end();
+  if (last - first > 512) {
+    const auto ends = std::minmax_element(first, last);
+    const Number least = *ends.first, range = *ends.second - least;
+    int shift = 0;
+    while (range >> shift >> kParts) ++shift;
+    std::vector<int32_t> counts(size_t(1) << kParts);
+    for (auto i = first; i != last; ++i) ++counts[size_t((*i - least) >> shift)];
+    int64_t part = (int64_t(1) << kParts) - 1;
+    for (; r >= counts[part]; --part) r -= counts[part];
+    last = first;
+    for (auto i = first; i != keys.end(); ++i) {  // written first, kept if it is of the part
+      const Number key = *i;
+      *last = key;
+      last += (key - least) >> shift == part;
+    }
+    if (shift == 0) return *first;
+  }
+  const auto at = last - 1 - r;
+  std::nth_element(first, at, last);
+  return *at;
+}
+
 // The bracket of rank r of n: the sample's values 4.5 deviations from where its rank is expected.
 template <class Number>
 void bracket_by_sample(const RankedGroup& group, int64_t k, Selection<Number>& s) {
@@ -239,12 +344,9 @@ void bracket_by_sample(const RankedGroup& group, int64_t k, Selection<Number>& s
   const double p = double(s.rank) / double(n), expected = p * double(size);
   const int64_t margin = 2 + int64_t(std::ceil(4.5 * std::sqrt(double(size) * p * (1 - p))));
   const int64_t above = int64_t(expected) - margin, below = int64_t(expected) + margin;
-  const auto largest = [&](int64_t r) {  // the r-th largest of the sample, from 0
-    std::nth_element(sample.begin(), sample.begin() + (size - 1 - r), sample.end());
-    return sample[size - 1 - r];
-  };
-  if (above >= 0) s.bracket[1] = largest(above);
-  if (below < size) s.bracket[0] = largest(below);
+  std::vector<Number> again = sample;
+  if (above >= 0) s.bracket[1] = largest(again, above);
+  if (below < size) s.bracket[0] = largest(sample, below);
 }
 
 template <class Number>
@@ -274,14 +376,12 @@ void search_bits(const RankedGroup& group, int64_t k, Selection<Number>& s) {
 template <class Number>
 void settle(const RankedGroup& group, int64_t k, Selection<Number>& s) {
   const BracketCounts& c = s.counts;
-  const int64_t inside = int64_t(s.inside.size());
-  if (s.rank > c.above && s.rank <= c.from_high) {
+  const int64_t from_high = c.above + c.at_high, inside = int64_t(s.inside.size());
+  if (s.rank > c.above && s.rank <= from_high) {
     s.found = s.bracket[1];
-  } else if (s.rank > c.from_high && s.rank <= c.from_high + inside) {
-    const auto at = s.inside.end() - (s.rank - c.from_high);
-    std::nth_element(s.inside.begin(), at, s.inside.end());
-    s.found = *at;
-  } else if (s.rank > c.from_high + inside && s.rank <= c.from_low) {
+  } else if (s.rank > from_high && s.rank <= from_high + inside) {
+    s.found = largest(s.inside, s.rank - from_high - 1);
+  } else if (s.rank > from_high + inside && s.rank <= from_high + inside + c.at_low) {
     s.found = s.bracket[0];
   } else {
     search_bits(group, k, s);
@@ -307,21 +407,22 @@ void select_group(const RankedGroup& group, const int64_t* ranks, double* found,
   parallel_for(0, group.chunks.back(), 4, [&](int64_t begin, int64_t end) {
     std::vector<BracketCounts> counts(count);
     std::vector<std::vector<Number>> inside(count);
-    std::vector<Number> buffer(kSelectChunk + 64);
+    std::vector<Number> buffer(kTurn + 64);
     group.each_chunk(begin, end, [&](int64_t position, int64_t offset, int64_t n) {
-      for (int64_t i = 0; i < count; ++i) {
-        const int64_t m =
-            table.collect[sizeof(Number) / 8](group.source(position, wanted[i]), offset, n,
-                                              all[wanted[i]].bracket, counts[i], buffer.data());
-        inside[i].insert(inside[i].end(), buffer.begin(), buffer.begin() + m);
-      }
+      for (int64_t at = 0; at < n; at += kTurn)
+        for (int64_t i = 0; i < count; ++i) {
+          const int64_t m = table.collect[sizeof(Number) / 8](
+              group.source(position, wanted[i]), offset + at, std::min(kTurn, n - at),
+              all[wanted[i]].bracket, counts[i], buffer.data());
+          inside[i].insert(inside[i].end(), buffer.begin(), buffer.begin() + m);
+        }
     });
     const std::lock_guard<std::mutex> lock(mutex);
     for (int64_t i = 0; i < count; ++i) {
       Selection<Number>& s = all[wanted[i]];
       s.counts.above += counts[i].above;
-      s.counts.from_high += counts[i].from_high;
-      s.counts.from_low += counts[i].from_low;
+      s.counts.at_high += counts[i].at_high;
+      s.counts.at_low += counts[i].at_low;
       s.inside.insert(s.inside.end(), inside[i].begin(), inside[i].end());
     }
   });
@@ -379,9 +480,39 @@ Tensor abs_quantile(const std::vector<Tensor>& tensors, const std::vector<Tensor
   return out;
 }
 
+// (H, 2^16) counts: of model which[h] the elements whose key has prefixes[h] above the 16 bits at
+// `shift`, by those bits. A task counts for one row: nothing is added up between threads.
+Tensor abs_digits(const std::vector<Tensor>& tensors, const std::vector<Tensor>& base,
+                  const std::vector<int64_t>& which, const std::vector<int64_t>& prefixes,
+                  int64_t shift) {
+  const int64_t K = int64_t(tensors.size()), H = int64_t(which.size());
+  const DeltaLists lists("abs_digits", tensors, base, K);
+  STD_TORCH_CHECK(lists.length == 1 && int64_t(prefixes.size()) == H && H > 0,
+                  "abs_digits: expected one tensor a model, and as many prefixes as rows");
+  const bool wide = lists.wide(0);
+  STD_TORCH_CHECK(shift >= 0 && shift <= (wide ? 48 : 16), "abs_digits: shift ", shift);
+  for (const int64_t k : which) STD_TORCH_CHECK(k >= 0 && k < K, "abs_digits: model ", k);
+  Tensor out = empty_like(tensors[0], std::vector<int64_t>{H, int64_t(1) << kLongDigitBits},
+                          ScalarType::Long);
+  int64_t* bins = static_cast<int64_t*>(out.mutable_data_ptr());
+  const auto& table = pick_abs_quantile_table();
+  parallel_for(0, H, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t h = begin; h < end; ++h) {
+      int64_t* row = bins + (h << kLongDigitBits);
+      memset(row, 0, sizeof(int64_t) << kLongDigitBits);
+      table.digits[wide]({lists.streams[which[h]], lists.base(0), wide}, lists.elements[0],
+                         prefixes[h], int(shift), row);
+    }
+  });
+  return out;
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) { m.impl("abs_quantile", TORCH_BOX(&abs_quantile)); }
+STABLE_TORCH_LIBRARY_IMPL(solera, CPU, m) {
+  m.impl("abs_quantile", TORCH_BOX(&abs_quantile));
+  m.impl("abs_digits", TORCH_BOX(&abs_digits));
+}
 
 }  // namespace solera
 #endif  // SOLERA_FRONT

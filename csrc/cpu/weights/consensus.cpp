@@ -20,7 +20,10 @@
 
 namespace solera {
 
-enum Vote : int { kLinear = 0, kMass = 1, kCount = 2 };
+// kOwnMass: the masses are the sums of what is merged, their divisors apart: election and value are
+// one.
+enum Vote : int { kLinear = 0, kMass = 1, kCount = 2, kOwnMass = 3 };
+constexpr int kVotes = 4;
 // One position of the lists.
 struct ConsensusItem {
   const WeightStream* streams;  // K
@@ -31,8 +34,10 @@ struct ConsensusItem {
   const int64_t* keep;  // K bounds of random words, or null: the thresholds decide
   uint32_t key;
   uint64_t seed;
+  int64_t begin;  // where this part begins in the tensor its words are drawn for
   double scale;
   bool divide;
+  bool bounded;  // there are highs
 };
 struct ConsensusGradient {
   WeightStream incoming;  // G
@@ -44,10 +49,10 @@ struct ConsensusGradient {
 struct ConsensusTable {
   // [accumulator][vote]. scratch: bytes(K) of it, aligned to 64.
   int64_t (*bytes)(int count);
-  void (*forward[2][3])(const ConsensusItem&, void* out, int out_dtype, int64_t offset,
-                        int64_t count, bool streaming, void* scratch);
-  void (*backward[2][3])(const ConsensusItem&, const ConsensusGradient&, int64_t offset,
-                         int64_t count, bool streaming, void* scratch);
+  void (*forward[2][kVotes])(const ConsensusItem&, void* out, int out_dtype, int64_t offset,
+                             int64_t count, bool streaming, void* scratch);
+  void (*backward[2][kVotes])(const ConsensusItem&, const ConsensusGradient&, int64_t offset,
+                              int64_t count, bool streaming, void* scratch);
   void (*norms[2])(const ConsensusItem&, int64_t offset, int64_t count, double* sums,
                    void* scratch);
 };
@@ -58,8 +63,71 @@ namespace {
 constexpr int kTile = kDeltaTile;
 static_assert(kTile == kMaskChunk, "the words of a chunk serve a tile");
 
+// Masks: a bit a lane where the processor has registers for that, else all bits of a lane set or
+// none.
+#if defined(__AVX512F__)
 template <class A>
-using M = KeyVec<A>;  // masks: all bits of a lane set or none
+struct MaskOf;
+template <>
+struct MaskOf<float> {
+  typedef __mmask16 type;
+};
+template <>
+struct MaskOf<double> {
+  typedef __mmask8 type;
+};
+template <class A>
+using M = typename MaskOf<A>::type;
+SOLERA_INLINE __mmask16 below(vf a, vf b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ);
+}
+SOLERA_INLINE __mmask8 below(vd a, vd b) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LT_OQ);
+}
+SOLERA_INLINE __mmask16 up_to(vf a, vf b) {
+  return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LE_OQ);
+}
+SOLERA_INLINE __mmask8 up_to(vd a, vd b) {
+  return _mm512_cmp_pd_mask((__m512d)a, (__m512d)b, _CMP_LE_OQ);
+}
+SOLERA_INLINE vf where(__mmask16 mask, vf a, vf b) {
+  return (vf)_mm512_mask_blend_ps(mask, (__m512)b, (__m512)a);
+}
+SOLERA_INLINE vd where(__mmask8 mask, vd a, vd b) {
+  return (vd)_mm512_mask_blend_pd(mask, (__m512d)b, (__m512d)a);
+}
+SOLERA_INLINE vf where(__mmask16 mask, vf v) { return (vf)_mm512_maskz_mov_ps(mask, (__m512)v); }
+SOLERA_INLINE vd where(__mmask8 mask, vd v) { return (vd)_mm512_maskz_mov_pd(mask, (__m512d)v); }
+SOLERA_INLINE void add_where(__mmask16 mask, vf& sum, vf v) {
+  sum = (vf)_mm512_mask_add_ps((__m512)sum, mask, (__m512)sum, (__m512)v);
+}
+SOLERA_INLINE void add_where(__mmask8 mask, vd& sum, vd v) {
+  sum = (vd)_mm512_mask_add_pd((__m512d)sum, mask, (__m512d)sum, (__m512d)v);
+}
+#else
+template <class A>
+using M = KeyVec<A>;
+template <class W>
+SOLERA_INLINE auto below(W a, W b) {
+  return a < b;
+}
+template <class W>
+SOLERA_INLINE auto up_to(W a, W b) {
+  return a <= b;
+}
+template <class N, class W>
+SOLERA_INLINE W where(N mask, W a, W b) {
+  return mask ? a : b;
+}
+template <class N, class W>
+SOLERA_INLINE W where(N mask, W v) {
+  return bits_as<W>(bits_as<N>(v) & mask);
+}
+template <class N, class W>
+SOLERA_INLINE void add_where(N mask, W& sum, W v) {
+  sum += where(mask, v);  // zero in the other lanes, and a sum is never -0
+}
+#endif
 // Streams and words of a tile.
 template <class A>
 struct ConsensusTile {
@@ -93,7 +161,7 @@ struct ConsensusTile {
     for (int k = 0; k < item.count; ++k) {
       w[k] = tile_of<A>(item.streams[k], start, n, converted + int64_t(k) * kTile);
       if (item.keep)
-        mask_chunk(start / kMaskChunk, item.key, uint32_t(k), item.seed,
+        mask_chunk((item.begin + start) / kMaskChunk, item.key, uint32_t(k), item.seed,
                    words + int64_t(k) * kTile);
     }
   }
@@ -106,12 +174,22 @@ struct ConsensusTile {
   SOLERA_INLINE M<A> kept(int k, int j, V<A> d) const {
     if (item.keep) return drawn(k, j);
     const V<A> size = magnitude<A>(d);
-    return (M<A>)~((size < low[k]) | (size > high[k]));
+    M<A> dropped = M<A>(below(size, splat(low[k])));
+    if (item.bounded) dropped |= M<A>(below(splat(high[k]), size));
+    return M<A>(~dropped);
   }
   SOLERA_INLINE M<A> drawn(int k, int j) const {
     if (item.keep[k] == 0) return M<A>{};
     const uint32_t last = uint32_t(item.keep[k] - 1);  // the largest word that keeps
     const uint32_t* word = words + int64_t(k) * kTile + j;
+#if defined(__AVX512F__)
+    if constexpr (sizeof(A) == 4) {
+      return _mm512_cmple_epu32_mask(_mm512_loadu_si512(word), _mm512_set1_epi32(int(last)));
+    } else {
+      const __m256i all = _mm256_loadu_si256((const __m256i*)word);
+      return _mm256_cmple_epu32_mask(all, _mm256_set1_epi32(int(last)));
+    }
+#else
     if constexpr (sizeof(A) == 4) {
       vu all;
       memcpy(&all, word, sizeof all);
@@ -121,13 +199,9 @@ struct ConsensusTile {
       for (int i = 0; i < kWide<A>; ++i) out[i] = -int64_t(word[i] <= last);
       return out;
     }
+#endif
   }
 };
-
-template <class A>
-SOLERA_INLINE V<A> where(M<A> mask, V<A> v) {
-  return bits_as<V<A>>(bits_as<M<A>>(v) & mask);
-}
 
 // Sums of one vector's streams.
 template <class A>
@@ -144,32 +218,39 @@ struct Verdict {
 template <class A, int kVote>
 SOLERA_INLINE Verdict<A> verdict_at(const ConsensusTile<A>& tile, int j, int here) {
   Ballot<A> b;
+  const V<A> zero{};
   for (int k = 0; k < tile.item.count; ++k) {
     const V<A> d = tile.delta(k, j, here);
     const M<A> kept = tile.kept(k, j, d);
     const V<A> v = rounded(d * tile.value[k]);
     if constexpr (kVote == kLinear) {
-      b.plus += where<A>(kept, v);
+      add_where(kept, b.plus, v);
     } else {
-      const V<A> u = rounded(d * tile.election[k]);
-      const V<A> g = splat(tile.divisor[k]);
-      const M<A> minus = kept & (M<A>)(u < 0), plus = kept & ~(M<A>)(u <= 0);
-      b.plus += where<A>(plus, v);
-      b.minus += where<A>(minus, v);
-      b.plus_divisor += where<A>(plus, g);
-      b.minus_divisor += where<A>(minus, g);
-      const V<A> one = splat(A(1));
-      b.plus_mass += where<A>(plus, kVote == kMass ? u : one);
-      b.minus_mass += where<A>(minus, kVote == kMass ? -u : one);
+      const V<A> u = kVote == kOwnMass ? v : rounded(d * tile.election[k]);
+      const V<A> g = splat(tile.divisor[k]), one = splat(A(1));
+      const M<A> minus = M<A>(kept & M<A>(below(u, zero)));
+      const M<A> plus = M<A>(kept & M<A>(~M<A>(up_to(u, zero))));
+      add_where(plus, b.plus, v);
+      add_where(minus, b.minus, v);
+      add_where(plus, b.plus_divisor, g);
+      add_where(minus, b.minus_divisor, g);
+      if constexpr (kVote != kOwnMass) {
+        add_where(plus, b.plus_mass, kVote == kMass ? u : one);
+        add_where(minus, b.minus_mass, kVote == kMass ? -u : one);
+      }
     }
   }
+  if constexpr (kVote == kOwnMass) {
+    b.plus_mass = b.plus;
+    b.minus_mass = -b.minus;
+  }
   Verdict<A> out;
-  out.negative = (M<A>)(b.plus_mass < b.minus_mass);
-  out.sum = out.negative ? b.minus : b.plus;
-  out.divisor = out.negative ? b.minus_divisor : b.plus_divisor;
-  out.replaced = (M<A>)(magnitude<A>(out.divisor) < A(1e-8));
-  if (!tile.item.divide) out.replaced = ~M<A>{};
-  out.divisor = out.replaced ? splat(A(1)) : out.divisor;
+  out.negative = M<A>(below(b.plus_mass, b.minus_mass));
+  out.sum = where(out.negative, b.minus, b.plus);
+  out.divisor = where(out.negative, b.minus_divisor, b.plus_divisor);
+  out.replaced = M<A>(below(magnitude<A>(out.divisor), splat(A(1e-8))));
+  if (!tile.item.divide) out.replaced = M<A>(~M<A>{});
+  out.divisor = where(out.replaced, splat(A(1)), out.divisor);
   return out;
 }
 
@@ -217,12 +298,12 @@ void consensus_backward(const ConsensusItem& item, const ConsensusGradient& grad
       if constexpr (kVote != kLinear) {
         const Verdict<A> found = verdict_at<A, kVote>(tile, j, here);
         h = h / found.divisor;
-        m = where<A>(~found.replaced, found.sum / found.divisor);
+        m = where(M<A>(~found.replaced), found.sum / found.divisor);
         negative = found.negative;
       }
       store(share + j, h);
       store(mean + j, m);
-      store(sign + j, negative ? splat(A(-1)) : splat(A(1)));
+      store(sign + j, where(negative, splat(A(-1)), splat(A(1))));
       store(rest + j, incoming);
     }
     for (int k = 0; k < item.count; ++k) {
@@ -233,10 +314,12 @@ void consensus_backward(const ConsensusItem& item, const ConsensusGradient& grad
         M<A> agree = tile.kept(k, j, d);
         if constexpr (kVote != kLinear) {
           const V<A> u = d * tile.election[k] * load(sign + j);
-          agree &= load(sign + j) < 0 ? (M<A>)(u > 0) : ~(M<A>)(u <= 0);
+          const M<A> negative = M<A>(below(load(sign + j), V<A>{}));
+          const M<A> plus = M<A>(below(V<A>{}, u)), any = M<A>(~M<A>(up_to(u, V<A>{})));
+          agree &= M<A>((negative & plus) | (~negative & any));
         }
-        const V<A> h = where<A>(agree, load(share + j));
-        values += where<A>(agree, h * d);
+        const V<A> h = where(agree, load(share + j));
+        values += where(agree, h * d);
         divisors -= h * load(mean + j);
         const V<A> dw = h * tile.value[k];
         store(made + j, dw);
@@ -280,7 +363,7 @@ void consensus_norms(const ConsensusItem& item, int64_t offset, int64_t count, d
       for (int j = 0; j < n; j += kWide<A>) {
         const V<A> d = tile.delta(k, j, n - j < kWide<A> ? n - j : kWide<A>);
         add_wide(all, magnitude<A>(d));
-        add_wide(kept, where<A>(tile.kept(k, j, d), magnitude<A>(d)));
+        add_wide(kept, where(tile.kept(k, j, d), magnitude<A>(d)));
       }
       sums[2 * k] += lane_sum(all[0] + all[1]);
       sums[2 * k + 1] += lane_sum(kept[0] + kept[1]);
@@ -296,13 +379,13 @@ extern const ConsensusTable consensus_table;
 const ConsensusTable consensus_table = {
     consensus_bytes,
     {{consensus_forward<float, kLinear>, consensus_forward<float, kMass>,
-      consensus_forward<float, kCount>},
+      consensus_forward<float, kCount>, consensus_forward<float, kOwnMass>},
      {consensus_forward<double, kLinear>, consensus_forward<double, kMass>,
-      consensus_forward<double, kCount>}},
+      consensus_forward<double, kCount>, consensus_forward<double, kOwnMass>}},
     {{consensus_backward<float, kLinear>, consensus_backward<float, kMass>,
-      consensus_backward<float, kCount>},
+      consensus_backward<float, kCount>, consensus_backward<float, kOwnMass>},
      {consensus_backward<double, kLinear>, consensus_backward<double, kMass>,
-      consensus_backward<double, kCount>}},
+      consensus_backward<double, kCount>, consensus_backward<double, kOwnMass>}},
     {consensus_norms<float>, consensus_norms<double>},
 };
 
@@ -333,9 +416,10 @@ std::vector<Tensor> consensus(const std::vector<Tensor>& tensors, const std::vec
                               const Tensor& weights, const OptTensor& factors, const OptTensor& low,
                               const OptTensor& high, const OptTensor& seed,
                               const std::vector<int64_t>& keys, const std::vector<int64_t>& keep,
-                              int64_t vote, bool before, int64_t divide, double scale) {
+                              int64_t vote, bool before, int64_t divide, double scale,
+                              const std::vector<int64_t>& begins) {
   const ConsensusLists lists(tensors, base, weights, factors, low, high, seed, keys, keep, vote,
-                             before, divide, scale);
+                             before, divide, scale, begins);
   std::vector<Tensor> out;
   std::vector<void*> data;
   std::vector<int> dtypes;
@@ -353,9 +437,9 @@ std::vector<Tensor> consensus(const std::vector<Tensor>& tensors, const std::vec
   const bool streaming = bytes >= kConsensusStreamBytes;
   chunks.parallel(
       kListChunk * 4 * (lists.models + 1), [&](size_t l, int64_t offset, int64_t count, int64_t) {
-        table.forward[int(dtypes[l] == kFloat64)][vote](lists.item(l), data[l], dtypes[l], offset,
-                                                        count, streaming,
-                                                        consensus_scratch(int(lists.models)));
+        table.forward[int(dtypes[l] == kFloat64)][lists.vote](lists.item(l), data[l], dtypes[l],
+                                                              offset, count, streaming,
+                                                              consensus_scratch(int(lists.models)));
       });
   return out;
 }
@@ -367,7 +451,7 @@ std::tuple<Tensor, std::vector<Tensor>> consensus_backward(
     const std::vector<int64_t>& keys, const std::vector<int64_t>& keep, int64_t vote, bool before,
     int64_t divide, double scale, bool need_weights, const std::vector<bool>& need_tensors) {
   const ConsensusLists lists(tensors, base, weights, factors, low, high, seed, keys, keep, vote,
-                             before, divide, scale);
+                             before, divide, scale, {});
   const int64_t K = lists.models, L = lists.length;
   STD_TORCH_CHECK(int64_t(grads.size()) == L, "consensus_backward: expected ", L,
                   " gradients, got ", grads.size());
@@ -404,8 +488,8 @@ std::tuple<Tensor, std::vector<Tensor>> consensus_backward(
                                      &data[l * (K + 1)],
                                      &dtypes[l * (K + 1)],
                                      need_weights ? &partial[chunk * 2 * K] : nullptr};
-        table.backward[int(lists.wide(l))][vote](lists.item(l), grad, offset, count, streaming,
-                                                 consensus_scratch(int(K)));
+        table.backward[int(lists.wide(l))][lists.vote](lists.item(l), grad, offset, count,
+                                                       streaming, consensus_scratch(int(K)));
       });
   if (need_weights) {
     std::vector<double> dots(size_t(2 * K * L));
@@ -418,7 +502,7 @@ std::tuple<Tensor, std::vector<Tensor>> consensus_backward(
 // (2, K, L) float64: sum |w_k - base| over all elements and over those kept.
 Tensor consensus_norms(const std::vector<Tensor>& tensors, const std::vector<Tensor>& base,
                        const Tensor& seed, const std::vector<int64_t>& keys,
-                       const std::vector<int64_t>& keep) {
+                       const std::vector<int64_t>& keep, const std::vector<int64_t>& begins) {
   const int64_t K = int64_t(keep.size());
   STD_TORCH_CHECK(K > 0 && !tensors.empty(), "consensus_norms: no models");
   const Tensor ones = torch::stable::fill_(
@@ -426,7 +510,7 @@ Tensor consensus_norms(const std::vector<Tensor>& tensors, const std::vector<Ten
                  ScalarType::Double),
       1.0);
   const ConsensusLists lists(tensors, base, ones, std::nullopt, std::nullopt, std::nullopt, seed,
-                             keys, keep, kLinear, true, 0, 1.0);
+                             keys, keep, kLinear, true, 0, 1.0, begins);
   Tensor sums = empty_like(ones, std::vector<int64_t>{2, K, lists.length});
   TensorChunks chunks{size_t(lists.length)};
   for (int64_t l = 0; l < lists.length; ++l) chunks.add(lists.elements[l]);

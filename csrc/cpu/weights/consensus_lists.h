@@ -23,27 +23,38 @@ struct ConsensusNumbers {
 struct ConsensusLists : DeltaLists {
   ConsensusNumbers low, high, election, value, divisor;  // [L][K]
   std::vector<double> factors;                           // [K][L]
-  std::vector<int64_t> keys, keep;
+  std::vector<int64_t> keys, keep, begins;               // begins: [L] or none
   uint64_t seed = 0;
   double scale;
-  bool divide, by_weight;
+  int vote;  // what the kernels are chosen by
+  bool divide, by_weight, bounded;
 
   ConsensusLists(const std::vector<Tensor>& tensors, const std::vector<Tensor>& base,
                  const Tensor& weights, const OptTensor& given, const OptTensor& lows,
                  const OptTensor& highs, const OptTensor& seeds,
                  const std::vector<int64_t>& all_keys, const std::vector<int64_t>& bounds,
-                 int64_t vote, bool before, int64_t divide_by, double scaled)
+                 int64_t by, bool before, int64_t divide_by, double scaled,
+                 const std::vector<int64_t>& parts)
       : DeltaLists("consensus", tensors, base, weights.size(0)),
         keys(all_keys),
         keep(bounds),
+        begins(parts),
         scale(scaled),
+        vote(by == kMass && before ? kOwnMass : int(by)),
         divide(divide_by != 0),
-        by_weight(divide_by == 1) {
-    STD_TORCH_CHECK(vote >= kLinear && vote <= kCount, "consensus: vote ", vote);
+        by_weight(divide_by == 1),
+        bounded(highs.has_value()) {
+    STD_TORCH_CHECK(by >= kLinear && by <= kCount, "consensus: vote ", by);
     STD_TORCH_CHECK(seeds.has_value() ? int64_t(keys.size()) == length &&
                                             int64_t(keep.size()) == models && seeds->numel() == 1
                                       : keep.empty(),
                     "consensus: a seed comes with a key a tensor and a bound a model");
+    STD_TORCH_CHECK(begins.empty() || int64_t(begins.size()) == length,
+                    "consensus: begins are none or one a tensor");
+    for (const int64_t begin : begins)
+      STD_TORCH_CHECK(begin >= 0 && begin % generic::kMaskChunk == 0,
+                      "consensus: a part begins at a multiple of ", generic::kMaskChunk, ", got ",
+                      begin);
     if (seeds.has_value()) seed = uint64_t(*static_cast<const int64_t*>(seeds->const_data_ptr()));
     const double infinity = std::numeric_limits<double>::infinity();
     factors = numbers(given, 1);
@@ -77,8 +88,10 @@ struct ConsensusLists : DeltaLists {
     out.keep = keep.empty() ? nullptr : keep.data();
     out.key = keep.empty() ? 0 : uint32_t(keys[l]);
     out.seed = seed;
+    out.begin = begins.empty() ? 0 : begins[l];
     out.scale = scale;
     out.divide = divide;
+    out.bounded = bounded;
     return out;
   }
 

@@ -90,6 +90,20 @@ def _split(rule: str, known: Collection[str]) -> tuple[str, str]:
     raise ValueError(f"--rule: expected PATTERN=SPEC, SPEC one of {', '.join(known)}; got {rule!r}")
 
 
+# What errors of merge_files call an argument, and what the command calls it.
+_OPTIONS = {
+    "overwrite=True": "--overwrite",
+    "strict=False": "--no-strict",
+    'device="cpu"': "--device cpu",
+}
+
+
+def _spelled(text: str) -> str:
+    for argument, option in _OPTIONS.items():
+        text = text.replace(argument, option)
+    return text
+
+
 def run(arguments: argparse.Namespace) -> int:
     """`solera merge`; the exit status is 1 for a merge that cannot be made, which stderr explains."""
     from .merge_files import merge_files
@@ -110,7 +124,7 @@ def run(arguments: argparse.Namespace) -> int:
         if not arguments.dry_run:
             merge_files(*where, progress=False if arguments.quiet else None, **options)
     except (ValueError, TypeError, OSError, RuntimeError, MemoryError) as error:
-        print(f"solera merge: {error}", file=sys.stderr)
+        print(f"solera merge: {_spelled(str(error))}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("solera merge: interrupted; nothing was left behind", file=sys.stderr)

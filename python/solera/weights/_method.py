@@ -69,6 +69,21 @@ def options(owner: Method) -> None:
         raise TypeError(f"dim: expected an int or None, got {dim!r}")
 
 
+class Study:
+    """What must be known of all of a tensor before its first element is merged, from its parts, seen in order in one
+    or several sweeps.
+    """
+
+    def add(
+        self, tensors: Sequence[Tensor], base: Tensor | None, begin: int, dtype: torch.dtype
+    ) -> None:
+        """The part from element `begin` on; dtype: the result's."""
+        raise NotImplementedError
+
+    def turn(self) -> None:
+        """A sweep is over."""
+
+
 @dataclass(frozen=True)
 class Method:
     """What all methods have. A subclass overrides `merge_tensor`, and `tiling` where a part of a tensor can be
@@ -76,6 +91,10 @@ class Method:
     """
 
     uses_base: ClassVar[bool] = False
+    # A part of a tensor begins at a multiple of so many elements, where any elements can be merged alone.
+    grain: ClassVar[int] = 1
+    # Whether what `study` finds depends on the order of additions (known of the compiled CPU kernels alone).
+    ordered: ClassVar[bool] = False
     # Whether the models may change places (with their weights); what draws random numbers for model k may not.
     symmetric: ClassVar[bool] = True
 
@@ -100,9 +119,32 @@ class Method:
         """Memory a call takes besides its inputs and its result, in accumulators an element."""
         return 0.0
 
-    def two_sweeps(self) -> bool:
-        """Whether the dots of all of a tensor are enough to then merge it tile by tile (Geometric.merge_tile)."""
-        return False
+    def study_bytes(self, count: int, elements: int) -> int:
+        """Memory that a study takes, a part of `elements` added to it."""
+        return 0
+
+    def sweeps(self, wide: bool) -> int:
+        """How often a tensor is read that does not fit in memory (wide: computed in float64); 1: it must fit."""
+        return 1
+
+    def study(self, name: str, shape: Sequence[int], count: int, wide: bool, seed: int) -> Study:
+        """What the sweeps before the last one find out about all of a tensor, for `merge_tile`."""
+        raise NotImplementedError
+
+    def merge_tile(
+        self,
+        name: str,
+        tensors: Sequence[Tensor],
+        base: Tensor | None,
+        study: Study | None,
+        *,
+        begin: int = 0,
+        seed: int = 0,
+        out_dtype: torch.dtype | None = None,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """A part of the merged tensor, from element `begin` on; `study` where it took several sweeps."""
+        return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype, out=out)
 
     def models(self, count: int) -> tuple[int, ...]:
         """Which of the K models are read."""

@@ -18,7 +18,7 @@ from ._method import Method, Tiling
 from ._ring import PAGE, up
 from ._rules import Rule, chosen, unused
 from ._sweeps import CHUNK
-from .methods import Copy, FromBase, Same
+from .methods import Copy, FromBase, Same, _TaskVectors
 
 MiB = 1 << 20
 # What a run holds besides the ring and a method's temporaries: stacks and heaps of threads, plan, headers.
@@ -55,6 +55,11 @@ def spelled_size(value: float) -> str:
     return f"{value:.1f} TB"
 
 
+def spelled_times(count: int) -> str:
+    """Twice, 3 times."""
+    return "twice" if count == 2 else f"{count} times"
+
+
 @dataclass(frozen=True, eq=False)
 class Item:
     """One tensor of the result."""
@@ -88,6 +93,16 @@ class Item:
         return self.method.tiling(self.shape) if self.sweeps == 1 else "elements"
 
     @property
+    def light(self) -> bool:
+        """Whether its arithmetic is next to nothing beside reading it."""
+        return self.tiling == "elements" and not isinstance(self.method, _TaskVectors)
+
+    @property
+    def wide(self) -> bool:
+        """Whether it is computed in float64."""
+        return torch.float64 in {self.dtype, *(i.dtype for i in self.inputs)}
+
+    @property
     def row(self) -> int:
         """Elements that stay together when the tensor is cut."""
         if self.tiling == "elements":
@@ -96,8 +111,10 @@ class Item:
 
     @property
     def grain(self) -> int:
-        """Elements that every tile has a multiple of, but for the last: a row, or a chunk of the dots."""
-        return self.row if self.sweeps == 1 else CHUNK
+        """Elements that every tile has a multiple of, but for the last: a row, or a chunk of sums or words."""
+        if self.sweeps > 1:
+            return CHUNK
+        return self.method.grain if self.tiling == "elements" else self.row
 
     @property
     def widest(self) -> int:
@@ -113,15 +130,13 @@ class Item:
         """Bytes a method takes besides: its temporaries, copies in a common dtype, a result not yet in place."""
         if isinstance(self.method, Copy | FromBase | Same):
             return 0
-        wide = 8 if torch.float64 in {self.dtype, *(i.dtype for i in self.inputs)} else 4
+        wide = 8 if self.wide else 4
         own = self.method.scratch(len(self.sources))
-        if self.tiling != "elements" or self.sweeps > 1:
+        if self.tiling != "elements" or self.sweeps > 1 or not self.light:
             # The result before it is in place, and inputs in a wider dtype.
             own += 1 + (len(self.inputs) if any(i.dtype != self.dtype for i in self.inputs) else 0)
-        chunks = (
-            0 if self.sweeps == 1 else -(-elements // CHUNK)
-        )  # their dots, as sums and as matrices
-        return int(elements * wide * own) + chunks * 16 * len(self.inputs) ** 2
+        found = 0 if self.sweeps == 1 else self.method.study_bytes(len(self.sources), elements)
+        return int(elements * wide * own) + found
 
 
 @dataclass(frozen=True)
@@ -131,7 +146,11 @@ class Tile:
     item: Item
     begin: int
     count: int
-    dots: bool = False  # only read, for the dots of all of the item
+    sweep: int = 0  # of the item's: all but the last one only read
+
+    @property
+    def last(self) -> bool:
+        return self.sweep == self.item.sweeps - 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -157,7 +176,7 @@ class Plan:
     memory: int = 0  # the most the run is to hold above what the process held
     notes: list[str] = field(default_factory=list)
     compiled: bool = False
-    two_sweeps: bool = True  # whether the dots of a tensor may be taken tile by tile
+    exact: bool = True  # whether sums over a tensor may be taken tile by tile (_sweeps.exact)
 
     @property
     def bytes_read(self) -> int:
@@ -170,21 +189,21 @@ class Plan:
     def tiles_of(self, item: Item, offset: int = 0) -> Iterator[Tile]:
         """The item in tiles that fit the ring, cut on pages of the file it goes to (from `offset` on).
 
-        Of an item that is read twice first those that are read for its dots, cut on chunks.
+        Of an item that is read several times first those that are only read, cut on chunks.
         """
         if item.elements == 0:
             return
         most = self._tile(item)
-        if item.sweeps > 1:
+        for sweep in range(item.sweeps - 1):
             for begin in range(0, item.elements, most):
-                yield Tile(item, begin, min(most, item.elements - begin), True)
+                yield Tile(item, begin, min(most, item.elements - begin), sweep)
         begin = 0
         while begin < item.elements:
             end = min(begin + most, item.elements)
-            if item.row == 1 and end < item.elements:
+            if item.row == 1 and item.method.grain == 1 and end < item.elements:
                 spare = (offset + end * item.dtype.itemsize) % PAGE // item.dtype.itemsize
                 end -= spare if end - spare > begin else 0
-            yield Tile(item, begin, end - begin)
+            yield Tile(item, begin, end - begin, item.sweeps - 1)
             begin = end
 
     def _tile(self, item: Item) -> int:
@@ -200,7 +219,7 @@ class Plan:
     def settle_memory(self) -> None:
         """The ring and the tiles within the budget, or an error naming the tensor that needs more.
 
-        Tensors that do not fit in one piece are read twice, the largest first, where their method allows it.
+        Tensors that do not fit in one piece are read several times, the largest first, where their method allows it.
         """
         floor = {item.name: _floor(item) for item in self.items}  # what each item takes at least
         places = {item.name: i for i, item in enumerate(self.items)}
@@ -214,7 +233,9 @@ class Plan:
                 break
             if not pieces:
                 raise ValueError(self._too_large(floor, needed))
-            item = replace(pieces.pop(), sweeps=2, note="read twice")
+            item = pieces.pop()
+            sweeps = item.method.sweeps(item.wide)
+            item = replace(item, sweeps=sweeps, note=f"read {spelled_times(sweeps)}")
             self.items[places[item.name]] = item
             floor[item.name] = _floor(item)
         # Room for two of the largest, if there is any: one is read while the other is merged.
@@ -230,8 +251,8 @@ class Plan:
 
     def _may_sweep(self, item: Item) -> bool:
         return (
-            self.two_sweeps
-            and item.method.two_sweeps()
+            (self.exact or not item.method.ordered)
+            and item.method.sweeps(item.wide) > 1
             and item.tiling == "whole"
             and item.elements > CHUNK
         )
@@ -240,8 +261,8 @@ class Plan:
         largest = max(self.items, key=lambda item: sum(floor[item.name]))
         whole = "" if largest.row < largest.elements or largest.elements <= 1 else " in one piece"
         ways = "give a larger one, or the tensor a rule with an elementwise method"
-        if whole and largest.method.two_sweeps() and not self.two_sweeps:
-            ways += '; in two sweeps over tiles only with the compiled kernels and device="cpu"'
+        if whole and largest.method.sweeps(largest.wide) > 1 and not self._may_sweep(largest):
+            ways += '; in several sweeps over tiles only with the compiled kernels and device="cpu"'
         elif whole and getattr(largest.method, "dim", None) is not None:
             ways += "; with dim=None it is read twice, tile by tile, instead"
         return (
@@ -274,10 +295,10 @@ class Plan:
             f"memory   {spelled_size(self.memory)} at most (ring {spelled_size(self.ring)}) of a budget of "
             f"{spelled_size(self.budget)}"
         )
-        twice = [item.name for item in self.items if item.sweeps > 1]
-        if twice:
+        for sweeps in sorted({item.sweeps for item in self.items} - {1}):
+            names = [item.name for item in self.items if item.sweeps == sweeps]
             out.append(
-                _listed("sweeps   two, for the dots and for the result, over", twice)
+                _listed(f"sweeps   {sweeps}, the last for the result, over", names)
                 + ": more than fits in one piece"
             )
         out.append(f"files    {'threads in C++' if self.compiled else 'threads in Python'}")

@@ -36,17 +36,20 @@ def keep_below(probability: float) -> int:
     return round(probability * 2**32)
 
 
-def random_words(seed: int | Tensor, key: int, stream: int, elements: int, device=None) -> Tensor:
-    """The word of each element, int64 in [0, 2^32); seed an int or an int64 tensor of one element."""
+def random_words(
+    seed: int | Tensor, key: int, stream: int, elements: int, device=None, begin: int = 0
+) -> Tensor:
+    """The words of elements from `begin` on, int64 in [0, 2^32); seed an int or an int64 tensor of one element."""
     if not isinstance(seed, Tensor):
         seed = torch.tensor(seed, dtype=torch.int64, device=device)
     seed = seed.reshape(())
-    chunks = (elements + 511) // 512
-    block = torch.arange(chunks * 128, device=seed.device)
+    first, last = begin // 512, (begin + elements + 511) // 512
+    block = torch.arange(first * 128, last * 128, device=seed.device)
     zero = torch.zeros_like(block)
     words = philox(
         (block & _LOW, block >> 32, zero + key, zero + stream),
         (seed & _LOW, (seed >> 32) & _LOW),
     )
     # Four words a block, of each chunk the first ones first.
-    return torch.stack(words).view(4, chunks, 128).transpose(0, 1).reshape(-1)[:elements]
+    found = torch.stack(words).view(4, last - first, 128).transpose(0, 1).reshape(-1)
+    return found[begin - first * 512 :][:elements]

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from ._checkpoint import Located
+from ._method import Study
 from ._plan import Plan, Tile
 from ._ring import PAGE, Arena, OpenFile, down, make_ring, up
 from ._safetensors import Stored
-from ._sweeps import add_dots
-from .methods import Geometric
 
 WRITERS = 2
 
@@ -51,7 +50,7 @@ class Stream:
         self.sources: dict[Path, OpenFile] = {}
         self.tickets = itertools.count()
         self.threads = torch.get_num_threads()
-        self.dots: Tensor | None = None  # of the item in its two sweeps
+        self.study: Study | None = None  # of the item that is read several times
 
     def __enter__(self) -> Stream:
         return self
@@ -140,30 +139,26 @@ class Stream:
         inputs = [self.arena.tensor(p.place, tile.shape, p.dtype) for p in running.inputs]
         if self.device.type != "cpu":
             inputs = [t.to(self.device) for t in inputs]
-        # An elementwise tile takes one core a tenth of the time that reading it takes: several would only wait for
-        # each other, and for cores that readers and writers use.
-        threads = 1 if item.tiling == "elements" else self.threads
+        # A tile of a linear merge takes one core a tenth of the time that reading it takes: several would only wait
+        # for each other, and for cores that readers and writers use.
+        threads = 1 if item.light else self.threads
         if threads != torch.get_num_threads():
             torch.set_num_threads(threads)
         split = len(item.sources)
         models, base = inputs[:split], inputs[split] if item.base is not None else None
-        if tile.dots:
-            assert isinstance(item.method, Geometric)
-            total = None if tile.begin == 0 else self.dots
-            self.dots = add_dots(total, *item.method.vectors(models, base, item.dtype))
+        if not tile.last:
+            self._learn(tile, models, base)
             return
-        if item.sweeps > 1:
-            assert isinstance(item.method, Geometric) and self.dots is not None
-            result = item.method.merge_tile(models, base, self.dots, out)
-        else:
-            result = item.method.merge_tensor(
-                item.twin or item.name,
-                models,
-                base,
-                seed=self.seed,
-                out_dtype=item.dtype,
-                out=out if self.device.type == "cpu" else None,
-            )
+        result = item.method.merge_tile(
+            item.twin or item.name,
+            models,
+            base,
+            self.study if item.sweeps > 1 else None,
+            begin=tile.begin,
+            seed=self.seed,
+            out_dtype=item.dtype,
+            out=out if self.device.type == "cpu" else None,
+        )
         if result is not out:
             out.copy_(result)
         file, stored = self.targets[item.name]
@@ -173,16 +168,27 @@ class Stream:
             tile.count * size, running.out.place,
         )  # fmt: skip
 
+    def _learn(self, tile: Tile, models: list[Tensor], base: Tensor | None) -> None:
+        item = tile.item
+        if tile.sweep == 0 and tile.begin == 0:
+            self.study = item.method.study(
+                item.twin or item.name, item.shape, len(item.sources), item.wide, self.seed
+            )
+        assert self.study is not None
+        self.study.add(models, base, tile.begin, item.dtype)
+        if tile.begin + tile.count == item.elements:
+            self.study.turn()
+
     def _written(self, running: _Running) -> bool:
-        return running.tile.dots or self.ring.written(running.ticket)
+        return not running.tile.last or self.ring.written(running.ticket)
 
     def _finish(self, running: _Running, done: Callable[[int], None]) -> None:
         tile = running.tile
-        if not tile.dots:
+        if tile.last:
             self.ring.wait_write(running.ticket)
         self.arena.give(running.begin)
         read = sum(source.dtype.itemsize for source in tile.item.inputs)
-        done(tile.count * (read if tile.dots else read + tile.item.dtype.itemsize))
+        done(tile.count * (read + tile.item.dtype.itemsize if tile.last else read))
 
 
 def _load(source: Located, tile: Tile, into: Tensor) -> None:

@@ -65,6 +65,85 @@ def abs_quantile_reference(tensors, base, models, ranks, whole):
     return torch.stack(out).view(models, groups)
 
 
+DIGIT = 16  # bits that one sweep over the parts of a tensor settles
+
+
+@reference("abs_digits")
+def abs_digits_reference(tensors, base, which, prefixes, shift):
+    """(H, 2^16) counts of the keys of |w - base| by the bits at `shift`, among those with the prefix above them."""
+    refuse_mismatch("abs_digits", [*tensors, *base], tensors[:1])
+    [(deltas, _)] = columns(tensors, base, len(tensors))
+    out = []
+    for k, prefix in zip(which, prefixes):
+        d = deltas[k].reshape(-1)
+        wide = d.dtype == torch.float64
+        largest = torch.iinfo(torch.int64 if wide else torch.int32).max
+        keys = (d.view(torch.int64 if wide else torch.int32) & largest).long() >> shift
+        mine = keys[keys >> DIGIT == prefix] & ((1 << DIGIT) - 1)
+        out.append(torch.bincount(mine, minlength=1 << DIGIT))
+    return torch.stack(out)
+
+
+class DigitSearch:
+    r"""The r-th largest of $|w_k - b|$ over parts that are seen one after the other, `sweeps` times each.
+
+    Every sweep settles 16 bits of each value, from the top: two in float32, four in float64. The bits of
+    `abs_quantile` on all of the tensor, however it is cut.
+
+    ranks: (K, G), from the largest; 0 gives inf. After the last sweep `found` is (K, G) float64.
+    """
+
+    def __init__(self, ranks: Sequence[Sequence[int]], wide: bool) -> None:
+        self.ranks = [list(row) for row in ranks]
+        self.wide = wide
+        self.sweeps = 4 if wide else 2
+        self._shift = DIGIT * (self.sweeps - 1)
+        self._prefixes = [[0] * len(row) for row in ranks]
+        self._counts: dict[tuple[int, int], Tensor] = {}  # by model and prefix
+
+    def add(self, tensors: Sequence[Tensor], base: Tensor | None) -> None:
+        """A part: one tensor a model, in any shape."""
+        rows = sorted(
+            {
+                (k, prefix)
+                for k, (ranks, row) in enumerate(zip(self.ranks, self._prefixes))
+                for rank, prefix in zip(ranks, row)
+                if rank
+            }
+        )
+        if not rows or tensors[0].numel() == 0:
+            return
+        run = abs_digits_reference if use_reference() else _op.abs_digits
+        which, prefixes = zip(*rows)
+        around = [] if base is None else [base]
+        counts = run(list(tensors), around, list(which), list(prefixes), self._shift).cpu()
+        for row, more in zip(rows, counts):
+            if row in self._counts:
+                self._counts[row] += more
+            else:
+                self._counts[row] = more
+
+    def turn(self) -> None:
+        """All parts have been seen once more."""
+        for k, (ranks, prefixes) in enumerate(zip(self.ranks, self._prefixes)):
+            for g, (rank, prefix) in enumerate(zip(ranks, prefixes)):
+                if rank == 0:
+                    continue
+                from_top = self._counts[k, prefix].flip(0).cumsum(0)
+                place = int(torch.searchsorted(from_top, rank))
+                ranks[g] = rank - (int(from_top[place - 1]) if place else 0)
+                prefixes[g] = prefix << DIGIT | ((1 << DIGIT) - 1 - place)
+        self._counts.clear()
+        self._shift -= DIGIT
+
+    @property
+    def found(self) -> Tensor:
+        keys = torch.tensor(self._prefixes, dtype=torch.int64 if self.wide else torch.int32)
+        values = keys.view(torch.float64) if self.wide else keys.view(torch.float32).double()
+        nothing = torch.tensor(self.ranks) == 0
+        return torch.where(nothing | values.isnan(), float("inf"), values)
+
+
 def abs_quantile(
     tensors: Sequence[Tensor],
     base: Sequence[Tensor],

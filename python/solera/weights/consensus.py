@@ -59,6 +59,7 @@ class Rule(NamedTuple):
     before: bool
     divide: int
     scale: float
+    begins: Sequence[int] = ()
 
 
 # ---- reference ---------------------------------------------------------------------------------------
@@ -66,7 +67,8 @@ class Rule(NamedTuple):
 
 def _kept(d: Tensor, k: int, item: int, rule: Rule) -> Tensor:
     if rule.seed is not None:
-        words = random_words(rule.seed, rule.keys[item], k, d.numel())
+        begin = rule.begins[item] if rule.begins else 0
+        words = random_words(rule.seed, rule.keys[item], k, d.numel(), begin=begin)
         return (words < rule.keep[k]).view(d.shape)
     size, dropped = d.detach().abs(), torch.zeros_like(d, dtype=torch.bool)
     if rule.low is not None:
@@ -160,9 +162,9 @@ def _consensus_backward(*args):
 
 
 @reference("consensus_norms")
-def consensus_norms_reference(tensors, base, seed, keys, keep):
+def consensus_norms_reference(tensors, base, seed, keys, keep, begins=()):
     """(2, K, L): sum |w - base| over all elements and over those that the random words keep."""
-    rule = Rule(None, None, None, seed, keys, keep, 0, True, 0, 1.0)
+    rule = Rule(None, None, None, seed, keys, keep, 0, True, 0, 1.0, list(begins))
     out = []
     for item, (deltas, _) in enumerate(columns(tensors, base, len(keep))):
         sizes = [d.double().abs() for d in deltas]
@@ -181,7 +183,9 @@ class _Consensus(torch.autograd.Function):
     @staticmethod
     def forward(ctx, weights, length, rule, *flat):
         split = weights.shape[0] * length
-        ctx.split, ctx.rest = split, rule[4:]
+        if rule.begins:
+            raise RuntimeError("consensus: a part of a tensor is merged without gradients")
+        ctx.split, ctx.rest = split, rule[4:-1]
         ctx.save_for_backward(weights, *rule[:4], *flat)
         return tuple(_op.consensus(flat[:split], flat[split:], weights, *rule))
 
@@ -215,15 +219,17 @@ def consensus_lists(
     before: bool = True,
     divide: str | None = None,
     scale: float = 1.0,
+    begins: Sequence[int] = (),
 ) -> Sequence[Tensor]:
     """The op on flat lists: K * L tensors, model by model, L base tensors or none, weights (K, L).
 
-    factors, low, high (K, L); seed with keys (L) and keep (K) bounds of random words, or thresholds. What the
-    arguments mean is said above; results are new, contiguous, of the promoted dtype of what goes in.
+    factors, low, high (K, L); seed with keys (L) and keep (K) bounds of random words, or thresholds; begins (L), where
+    each tensor begins in the one that its words are drawn for. What the arguments mean is said above; results are
+    new, contiguous, of the promoted dtype of what goes in.
     """
     rule = Rule(
         factors, low, high, seed, list(keys), list(keep), VOTES.index(vote), before,
-        DIVISORS.index(divide), float(scale),
+        DIVISORS.index(divide), float(scale), list(begins),
     )  # fmt: skip
     if use_reference():
         return consensus_reference(tensors, base, weights, *rule)

@@ -13,7 +13,12 @@ from .merging import check_matrix
 
 
 def rank_one_edit_(
-    weight: Tensor, key: Tensor, value: Tensor, covariance: Tensor | None = None
+    weight: Tensor,
+    key: Tensor,
+    value: Tensor,
+    covariance: Tensor | None = None,
+    *,
+    validate: bool | None = None,
 ) -> Tensor:
     r"""The least change of W by which it answers one key with one value, in place. Returns weight.
 
@@ -27,11 +32,13 @@ def rank_one_edit_(
         key: k (I,); value: v (O,).
         covariance: C (I, I), $E[kk^\top]$ of other inputs, symmetric and positive definite, solved with in float64;
             None for I.
+        validate: refuse a key that is zero or not finite, which no edit can answer. None: for CPU tensors outside
+            torch.compile. Where it is not checked, such a key leaves the weight as it is.
 
     Shapes: (O, I), (I,), (O,) -> weight.
 
     Raises:
-        ValueError, TypeError: naming the argument that does not fit.
+        ValueError, TypeError: naming the argument that does not fit; the weight is as it was.
 
     Source: the form of ROME, Meng et al., 2022, by which the rank-one redirection of "LLM Unlearning Should Be
     Form-Independent", 2025, is understood (its choice of C and layer is not fixed here).
@@ -39,22 +46,39 @@ def rank_one_edit_(
     weight = check_matrix("weight", weight)
     _check.like("key", key, (weight.shape[1],), weight, "weight")
     _check.like("value", value, (weight.shape[0],), weight, "weight")
-    return low_rank_edit_(weight, key[:, None], value[:, None], covariance)
+    if _checked(validate, key) and not bool(key.isfinite().all() & (key != 0).any()):
+        raise ValueError("key: expected a finite vector that is not zero")
+    return low_rank_edit_(weight, key[:, None], value[:, None], covariance, validate=validate)
+
+
+def _checked(validate: bool | None, key: Tensor) -> bool:
+    _check.choice("validate", validate, (None, True, False))
+    if validate is None:
+        return key.device.type == "cpu" and not torch.compiler.is_compiling()
+    return validate
 
 
 @torch.no_grad()
 def low_rank_edit_(
-    weight: Tensor, keys: Tensor, values: Tensor, covariance: Tensor | None = None
+    weight: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    covariance: Tensor | None = None,
+    *,
+    validate: bool | None = None,
 ) -> Tensor:
     r"""r keys at once, in place: $W \leftarrow W + (V - WK)(K^\top C^{-1}K)^{-1}K^\top C^{-1}$. Returns weight.
 
     Args:
         weight: (O, I); keys: K (I, r), linearly independent; values: V (O, r); covariance: C (I, I) or None for I.
+        validate: refuse keys that are not finite or depend on each other to float64's accuracy, a zero one among
+            them. None: for CPU tensors outside torch.compile. Where it is not checked, keys for which the system
+            has no finite solution leave the weight as it is.
 
     Shapes: (O, I), (I, r), (O, r) -> weight, with WK = V.
 
     Raises:
-        ValueError, TypeError: naming the argument that does not fit.
+        ValueError, TypeError: naming the argument that does not fit; the weight is as it was.
 
     Source: as `rank_one_edit_`; r keys: Meng et al., "Mass-Editing Memory in a Transformer", 2023, without its
     damping.
@@ -69,10 +93,27 @@ def low_rank_edit_(
     if covariance is not None:
         _check.like("covariance", covariance, (inner, inner), weight, "weight")
         whitened = torch.linalg.solve_ex(covariance.double(), k).result
-    a = torch.linalg.solve_ex(k.mT @ whitened, whitened.mT).result
+    gram = k.mT @ whitened
+    if _checked(validate, keys) and k.shape[1] and not _independent(gram):
+        raise ValueError(
+            "keys: expected finite, linearly independent columns, none of them zero"
+            + (", and a positive definite covariance" if covariance is not None else "")
+        )
+    a = torch.linalg.solve_ex(gram, whitened.mT).result
+    a = torch.where(a.isfinite().all(), a, 0)  # no edit rather than a weight of NaN
     acc = accumulate_type(weight)
     update_([weight], [a.to(acc)], [values.to(acc)], [k.mT.to(acc).contiguous()])
     return weight
+
+
+def _independent(gram: Tensor) -> bool:
+    """Whether a Gram matrix has full rank once its vectors have length one."""
+    squares = gram.diagonal()
+    if not bool((squares > 0).all() & gram.isfinite().all()):
+        return False
+    inverse = squares.rsqrt()
+    unit = gram * inverse[:, None] * inverse
+    return int(torch.linalg.matrix_rank(unit, hermitian=True)) == len(gram)
 
 
 @full_precision

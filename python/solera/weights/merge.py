@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from . import _plan
 from ._checkpoint import Checkpoint, Located, memory_of, open_checkpoint
-from ._rules import Rules, checked_rules
+from ._rules import Rules, checked_rules, unused
 from .merge_files import check_seed, checked_dtype
 from .methods import Method
 
@@ -36,7 +37,8 @@ def merge(
         method: one of `solera.weights.methods`, such as Linear() or Ties(density=0.2).
         base: the model that task vectors are taken from; like one of the models.
         rules: (pattern, method) pairs; the first pattern that matches a tensor's whole name decides, else
-            `method`. A pattern is a glob, or a regular expression after "re:".
+            `method`. A pattern is a glob, or a regular expression after "re:". One that matches no tensor's name
+            is warned of.
         strict: True: all models hold the same tensors in the same shapes, or an error names what differs.
             False: a tensor that a model lacks or has in another shape is copied from the base (from the first
             model if there is none), as are integer tensors; what only others have is left out.
@@ -66,7 +68,13 @@ def merge(
     around = None if base is None else _opened("base", base)
     labels = [f"models[{k}]" for k in range(len(models))]
     dtype = checked_dtype(out_dtype)
-    items, _ = _plan.make_items(opened, labels, around, method, checked_rules(rules), strict, dtype)
+    pairs = checked_rules(rules)
+    items, _ = _plan.make_items(opened, labels, around, method, pairs, strict, dtype)
+    like = opened[0] if around is None else around
+    for text in unused(like.tensors, pairs):
+        warnings.warn(
+            f"rules: {text!r} matches the whole name of no tensor", UserWarning, stacklevel=2
+        )
     where = None if device is None else torch.device(device)
     result: dict[str, Tensor] = {}
     for item in items:

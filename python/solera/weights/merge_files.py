@@ -65,9 +65,10 @@ def merge_files(
             made of. Sums are taken in float32 (float64 where a dtype is float64) and rounded once.
         seed: of random methods. A mask depends on the seed, the tensor's name and the model's place in `inputs`.
         max_memory: bytes, or text such as "512MB", "4GiB": the most anonymous memory above what the process
-            holds already. Tensors merged elementwise pass in tiles. Others need room for all of one tensor in
-            every model; where there is none, Slerp, MultiSlerp, Karcher and ModelStock (dim=None, on the CPU
-            with the compiled kernels) read it twice, tile by tile, for the same bits.
+            holds already. Tensors merged elementwise (or row by row) pass in tiles. Others need room for all of
+            one tensor in every model; where there is none, they are read several times, tile by tile, for the
+            same bits: Ties and Breadcrumbs three times (five in float64); Slerp, MultiSlerp, Karcher and
+            ModelStock with dim=None and Dare with rescale="l1" twice, these on the CPU with the compiled kernels.
         readers: threads that read.
         device: where the arithmetic runs.
         overwrite: replace an output that exists.
@@ -75,7 +76,7 @@ def merge_files(
         progress: None: a bar if standard error is a terminal; True: that, or else lines; False: nothing; or a
             function called with (bytes done, bytes in all).
 
-    Returns the plan: `print(plan)` shows methods, bytes, tiles and memory.
+    Returns the plan: `print(plan)` shows methods, bytes, tiles, memory, and what is read more than once.
 
     The output is in `output` only once it is complete and flushed; a run that is killed leaves `.<name>.part`
     beside it, which the next run removes. The data does not depend on max_memory, readers, threads, on the order
@@ -116,7 +117,9 @@ def merge_files(
     target.refuse_existing()
     like = models[0] if around is None else around
     total = plan.bytes_read + plan.bytes_written
-    with target, progress_bar(progress, total, f"merging {len(models)} models") as done:
+    sweeps = max(item.sweeps for item in plan.items)
+    title = f"merging {len(models)} models" + (f" in up to {sweeps} sweeps" if sweeps > 1 else "")
+    with target, progress_bar(progress, total, title) as done:
         layouts = _plan.file_layouts(plan)
         places = target.create(layouts)
         with torch.no_grad(), Stream(plan, places, seed, readers, where) as stream:
@@ -172,7 +175,7 @@ def check_seed(seed: object) -> None:
 
 
 def _make_plan(
-    models, labels, around, target, method, rules, strict, out_dtype, seed, max_memory, two_sweeps
+    models, labels, around, target, method, rules, strict, out_dtype, seed, max_memory, exact
 ) -> tuple[Plan, str]:
     from .. import __version__
 
@@ -212,7 +215,7 @@ def _make_plan(
         budget=_plan.size_in_bytes(max_memory),
         notes=notes,
         compiled=not isinstance(compiled(), str),
-        two_sweeps=two_sweeps,
+        exact=exact,
     )
     plan.settle_memory()
     return plan, index_name

@@ -33,6 +33,14 @@ def _geometry():
     return importlib.import_module("solera.weights.geometry")
 
 
+def _sweeps():
+    return importlib.import_module("solera.weights._sweeps")
+
+
+def _sparse():
+    return importlib.import_module("solera.weights.sparse_merges")
+
+
 # ---- elementwise -------------------------------------------------------------------------------------
 
 
@@ -169,6 +177,8 @@ def _bits(t: Tensor) -> Tensor:
 class Geometric(Method):
     """What may work row by row: with `dim=0` each row of the first dimension is a vector of its own."""
 
+    ordered: ClassVar[bool] = True
+
     def scratch(self, count):
         return 0.5 if compiled_library is not None else 4.0 * count
 
@@ -180,8 +190,15 @@ class Geometric(Method):
         if dim is not None and len(shape) > 1 and not -len(shape) <= dim < len(shape):
             raise ValueError(f"dim: {dim} is out of range for {name!r} of shape {tuple(shape)}")
 
-    def two_sweeps(self):
-        return getattr(self, "dim", None) is None
+    def sweeps(self, wide):
+        return 2 if getattr(self, "dim", None) is None else 1
+
+    def study(self, name, shape, count, wide, seed):
+        return _sweeps().Dots(self)
+
+    def study_bytes(self, count, elements):
+        # The dots of each chunk, as sums and as matrices.
+        return -(-elements // _sweeps().CHUNK) * 16 * (count + 1) ** 2
 
     def vectors(
         self, tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
@@ -193,10 +210,15 @@ class Geometric(Method):
         """(1, K) of the dots (1, K, K) of all of a tensor, as `merge_tensor` takes them."""
         raise NotImplementedError
 
-    def merge_tile(
+    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
+        if study is None:
+            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype, out=out)
+        return self.merge_part(tensors, base, study.total, out)
+
+    def merge_part(
         self, tensors: Sequence[Tensor], base: Tensor | None, dots: Tensor, out: Tensor
     ) -> Tensor:
-        """A part of the merged tensor, with the dots (1, K, K) of all of it, written to `out`."""
+        """A part of the merged tensor, with the dots (1, K, K) of all of it, written to `out` or not."""
         vectors, around = self.vectors(tensors, base, out.dtype)
         c = self.coefficients(dots).mT.contiguous()
         return _function("lincomb")(vectors, c, base=around, out=out)
@@ -282,7 +304,7 @@ class ModelStock(Geometric):
     def vectors(self, tensors, base, out_dtype):
         return widened(tensors, base, out_dtype)
 
-    def merge_tile(self, tensors, base, dots, out):
+    def merge_part(self, tensors, base, dots, out):
         tensors, base = self.vectors(tensors, base, out.dtype)
         part = importlib.import_module("solera.weights.model_stock").stock_part
         return part(base, tensors, dots)
@@ -318,6 +340,13 @@ class _TaskVectors(Method):
         within("gamma", getattr(self, "gamma", 0.0), 0.0, 1.0)
         options(self)
 
+    def _voted(self) -> dict:
+        """How a part is merged, as the whole function takes it."""
+        elect = getattr(self, "elect", None) or getattr(self, "consensus", None)
+        options = {"elect": elect, "weigh": getattr(self, "weigh", "before")}
+        divide = getattr(self, "divide", None)
+        return {**options, "divide": divide, "scale": getattr(self, "scale")}  # noqa: B009
+
     def _drawn(self, function, name, tensors, base, out_dtype, seed, options, **more):
         """By name, as state dicts of one entry, since masks are drawn by name."""
         tensors, base = widened(tensors, base, out_dtype)
@@ -325,6 +354,14 @@ class _TaskVectors(Method):
         chosen = {key: getattr(self, key) for key in options}
         named = [{name: t} for t in tensors]
         return _function(function)({name: base}, named, *numbers, seed=seed, **chosen, **more)[name]
+
+
+# Counts of 16 bits for one rank: their sum so far, what a part adds, the running sum.
+_RANK_BYTES = 3 * 8 << 16
+
+
+def _rank_sweeps(wide: bool) -> int:
+    return 5 if wide else 3
 
 
 @dataclass(frozen=True)
@@ -347,6 +384,25 @@ class Ties(_TaskVectors):
         options = {key: getattr(self, key) for key in ("elect", "weigh", "divide", "scale")}
         return _function("ties")(base, tensors, weights, self.density, **options)
 
+    def sweeps(self, wide):
+        return _rank_sweeps(wide)
+
+    def study(self, name, shape, count, wide, seed):
+        rank = _sparse().ties_rank(self.density, math.prod(shape))
+        return _sweeps().Ranks([[rank]] * count, wide)
+
+    def study_bytes(self, count, elements):
+        return _RANK_BYTES * count
+
+    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
+        if study is None:
+            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype, out=out)
+        tensors, base = widened(tensors, base, out_dtype)
+        weights = list(self.weights or [1.0] * len(tensors))
+        return _sparse().merged_part(
+            base, tensors, weights, low=study.thresholds(0), **self._voted()
+        )
+
 
 @dataclass(frozen=True)
 class Dare(_TaskVectors):
@@ -361,10 +417,39 @@ class Dare(_TaskVectors):
     consensus: str | None = None
     scale: float = 1.0
     symmetric: ClassVar[bool] = False
+    ordered: ClassVar[bool] = True
+    grain: ClassVar[int] = 512  # elements that share blocks of random words
+
+    def tiling(self, shape):
+        return "whole" if self.rescale == "l1" else "elements"
+
+    def sweeps(self, wide):
+        return 2 if self.rescale == "l1" else 1
+
+    def study(self, name, shape, count, wide, seed):
+        drawn = _sparse().drawn_part(name, seed, [self.density] * count)
+        return _sweeps().Magnitudes(drawn["keys"][0], drawn["keep"], drawn["seed"])
+
+    def study_bytes(self, count, elements):
+        # Sums of each chunk, and its tensors.
+        return -(-elements // _sweeps().CHUNK) * 640 * count
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         options = ("rescale", "consensus", "scale")
         return self._drawn("dare", name, tensors, base, out_dtype, seed, options)
+
+    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
+        if study is None and self.rescale == "l1":
+            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype, out=out)
+        tensors, base = widened(tensors, base, out_dtype)
+        shares = [self.density] * len(tensors)
+        drawn = _sparse().drawn_part(name, seed, shares, base.device)
+        sums = None if study is None else study.total
+        factors = _sparse().made_up(self.rescale, shares, sums, base.device)
+        return _sparse().merged_part(
+            base, tensors, self._mean_weights(len(tensors)), factors=factors, begins=[begin],
+            **drawn, **self._voted(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -384,6 +469,25 @@ class Breadcrumbs(_TaskVectors):
         numbers = (self._mean_weights(len(tensors)), self.density, self.gamma)
         options = {"consensus": self.consensus, "scale": self.scale}
         return _function("breadcrumbs")(base, tensors, *numbers, **options)
+
+    def sweeps(self, wide):
+        return _rank_sweeps(wide)
+
+    def study(self, name, shape, count, wide, seed):
+        ranks = _sparse().breadcrumb_ranks(self.density, self.gamma, math.prod(shape))
+        return _sweeps().Ranks([list(ranks)] * count, wide)
+
+    def study_bytes(self, count, elements):
+        return 2 * _RANK_BYTES * count
+
+    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
+        if study is None:
+            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype, out=out)
+        tensors, base = widened(tensors, base, out_dtype)
+        return _sparse().merged_part(
+            base, tensors, self._mean_weights(len(tensors)), low=study.thresholds(0),
+            high=study.thresholds(1), **self._voted(),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -411,8 +515,23 @@ class Della(_TaskVectors):
     def scratch(self, count):
         return 40.0 + 2.0 * count  # ranks by torch's sort, and their masks
 
+    def tiling(self, shape):
+        return "rows" if len(shape) > 1 and self.rescale != "l1" else "whole"
+
+    @property
+    def divide(self) -> str | None:
+        """Without a vote nothing is divided by."""
+        return None if self.consensus is None else "weight"
+
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        options = ("epsilon", "rescale", "consensus", "scale")
-        # Without a vote nothing is divided by.
-        more = {} if self.consensus is not None else {"divide": None}
-        return self._drawn("della", name, tensors, base, out_dtype, seed, options, **more)
+        options = ("epsilon", "rescale", "consensus", "scale", "divide")
+        return self._drawn("della", name, tensors, base, out_dtype, seed, options)
+
+    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
+        if begin == 0:
+            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype)
+        tensors, base = widened(tensors, base, out_dtype)
+        return _sparse().della_part(
+            name, base, tensors, self._mean_weights(len(tensors)), self.density, seed=seed,
+            epsilon=self.epsilon, rescale=self.rescale, begin=begin, **self._voted(),
+        )  # fmt: skip

@@ -187,7 +187,7 @@ def ties(
     shares = _shares("density", density, lists.models)
     scale = _check.number("scale", scale)
     w = _weights(weights, lists)
-    ranks = [[int(share * n) for n in _group_sizes(lists, scope)] for share in shares]
+    ranks = [[ties_rank(share, n) for n in _group_sizes(lists, scope)] for share in shares]
     low = _thresholds(lists, ranks, scope)
     return lists.result(consensus_lists(lists.tensors, lists.base, w, low=low, scale=scale, **how))
 
@@ -244,27 +244,84 @@ def dare(
         "keys": lists.tensor_keys(),
         "keep": [keep_below(share) for share in shares],
     }
-    factors = None
-    if rescale == "probability":
-        inverse = [1 / share if share > 0 else 1.0 for share in shares]
-        filled: dict[str, Any] = {
-            "dtype": torch.float64,
-            "device": w.device,
-        }  # no copy from the host, so no wait for it
-        factors = torch.stack([torch.full(w.shape[1:], value, **filled) for value in inverse])
-    elif rescale == "l1":
-        factors = _norm_ratios(lists, drawn)
+    sums = _magnitudes(lists, drawn) if rescale == "l1" else None
+    factors = made_up(rescale, shares, sums, w.device)
+    if factors is not None:
+        factors = factors.expand(lists.models, len(lists.keys))
     return lists.result(
         consensus_lists(lists.tensors, lists.base, w, factors=factors, scale=scale, **drawn, **how)
     )
 
 
-def _norm_ratios(lists: _Lists, drawn: dict) -> Tensor:
-    """(K, L): the sum of magnitudes over what is left of it."""
+def _magnitudes(lists: _Lists, drawn: dict) -> Tensor:
+    """(2, K, L): the sums of magnitudes, of all and of what is left."""
     run = consensus_norms_reference if use_reference() else _op.consensus_norms
     flat = [[t.detach() for t in group] for group in (lists.tensors, lists.base)]
-    total, kept = run(*flat, drawn["seed"], drawn["keys"], drawn["keep"])
-    return torch.where(kept > 0, total / kept, 1)
+    return run(*flat, drawn["seed"], drawn["keys"], drawn["keep"])
+
+
+def made_up(
+    rescale: str | None, shares: Sequence[float], sums: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """f of `dare`, (K, 1) or as wide as the sums (2, K, L) of "l1"."""
+    if rescale == "l1":
+        assert sums is not None
+        total, kept = sums
+        return torch.where(kept > 0, total / kept, 1)
+    if rescale is None:
+        return None
+    inverse = [1 / share if share > 0 else 1.0 for share in shares]
+    # No copy from the host, so no wait for it.
+    return torch.stack(
+        [torch.full((1,), value, dtype=torch.float64, device=device) for value in inverse]
+    )
+
+
+# ---- parts of a tensor that does not fit in memory ---------------------------------------------------
+
+
+def merged_part(
+    base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], *, elect: str | None,
+    weigh: str, divide: str | None, scale: float, **rule: Any,
+) -> Tensor:  # fmt: skip
+    """A part of a merged tensor; `rule`: what `consensus_lists` is told of all of it, (K, 1)."""
+    w = torch.tensor(list(weights), dtype=torch.float64)[:, None]
+    rule = {key: v.to(base.device) if isinstance(v, Tensor) else v for key, v in rule.items()}
+    how = _vote(elect, weigh, divide)
+    return consensus_lists(list(tensors), [base], w.to(base.device), scale=scale, **how, **rule)[0]
+
+
+def drawn_part(
+    name: str, seed: int, shares: Sequence[float], device: torch.device | None = None
+) -> dict[str, Any]:
+    """What masks are drawn from: seed, keys and bounds, as `consensus_lists` takes them."""
+    keep = [keep_below(share) for share in shares]
+    like = torch.empty(0, device=device)
+    return {"seed": _seed(seed, like), "keys": [tensor_key(name)], "keep": keep}
+
+
+def della_part(
+    name: str, base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float], density: float,
+    *, epsilon: float, rescale: str | None, seed: int, begin: int, elect: str | None, weigh: str,
+    divide: str | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Rows of a merged tensor, from element `begin` on."""
+    lists = _gathered({name: base}, [{name: t} for t in tensors])
+    drop = _Drop([density] * lists.models, epsilon, rescale, _seed(seed, base))
+    how = {"scale": scale, **_vote(elect, weigh, divide)}
+    return _della(lists, _weights(list(weights), lists), drop, how, begin)[0]
+
+
+def ties_rank(density: float, n: int) -> int:
+    """The rank from the largest, among n magnitudes, of the smallest that is kept; 0: none is."""
+    return int(density * n)
+
+
+def breadcrumb_ranks(density: float, gamma: float, n: int) -> tuple[int, int]:
+    """The ranks from the largest, among n magnitudes, of the smallest and of the largest kept; 0: no border."""
+    kept = int(density * n)
+    dropped = min(int(gamma * n), n - kept)
+    return (kept + dropped if kept else 0), (dropped + 1 if dropped and kept else 0)
 
 
 def breadcrumbs(
@@ -302,13 +359,8 @@ def breadcrumbs(
     scale = _check.number("scale", scale)
     w = _weights(weights, lists)
     sizes = _group_sizes(lists, scope)
-    low: list[list[int]] = []
-    high: list[list[int]] = []
-    for share, top in zip(shares, tops):
-        kept = [int(share * n) for n in sizes]
-        dropped = [min(int(top * n), n - m) for n, m in zip(sizes, kept)]
-        low.append([m + d if m else 0 for m, d in zip(kept, dropped)])
-        high.append([d + 1 if d and m else 0 for m, d in zip(kept, dropped)])
+    ranks = [[breadcrumb_ranks(*both, n) for n in sizes] for both in zip(shares, tops)]
+    low, high = ([[pair[end] for pair in row] for row in ranks] for end in (0, 1))
     merged = consensus_lists(
         lists.tensors, lists.base, w, low=_thresholds(lists, low, scope),
         high=_thresholds(lists, high, scope), scale=scale, **how,
@@ -366,18 +418,29 @@ def della(
             )
     scale = _check.number("scale", scale)
     w = _weights(weights, lists)
-    seed = _seed(seed, lists.base[0])
+    drop = _Drop(shares, epsilon, rescale, _seed(seed, lists.base[0]))
+    return lists.result(_della(lists, w, drop, {"scale": scale, **how}))
+
+
+class _Drop(NamedTuple):
+    """What `della` draws its masks by."""
+
+    density: list[float]
+    epsilon: float
+    rescale: str | None
+    seed: Tensor
+
+
+def _della(lists: _Lists, w: Tensor, drop: _Drop, how: dict, begin: int = 0) -> list[Tensor]:
     deltas: list[list[Tensor]] = [[] for _ in range(lists.models)]
     every = columns(lists.tensors, lists.base, lists.models)
     for (column, _), key in zip(every, lists.tensor_keys()):
         for k, d in enumerate(column):
-            deltas[k].append(
-                d * _ranked_mask(d.detach(), shares[k], epsilon, rescale, seed, key, k)
-            )
+            deltas[k].append(d * _ranked_mask(d.detach(), drop, key, k, begin))
     flat = [d for model in deltas for d in model]
-    merged = consensus_lists(flat, [], w, scale=scale, **how)
+    merged = consensus_lists(flat, [], w, **how)
     out = [m if b is None else b + m for (_, b), m in zip(every, merged)]
-    return lists.result([t.to(_promoted(lists, i)) for i, t in enumerate(out)])
+    return [t.to(_promoted(lists, i)) for i, t in enumerate(out)]
 
 
 def _promoted(lists: _Lists, item: int) -> torch.dtype:
@@ -387,8 +450,9 @@ def _promoted(lists: _Lists, item: int) -> torch.dtype:
     return dtype
 
 
-def _ranked_mask(d, density, epsilon, rescale, seed, key, model):
-    """0 where dropped, else the factor that makes up for it."""
+def _ranked_mask(d: Tensor, drop: _Drop, key: int, model: int, begin: int) -> Tensor:
+    """0 where dropped, else the factor that makes up for it; d begins at element `begin` of its tensor."""
+    density, epsilon, rescale = drop.density[model], drop.epsilon, drop.rescale
     if d.numel() == 0:
         return torch.ones_like(d)
     rows = d.reshape(d.shape[0] if d.dim() > 1 else 1, -1)
@@ -398,7 +462,7 @@ def _ranked_mask(d, density, epsilon, rescale, seed, key, model):
     p = torch.full(rows.shape, density, dtype=torch.float64, device=d.device)
     if rows.shape[1] > 1:
         p = density - epsilon + 2 * epsilon * ranks.double() / (rows.shape[1] - 1)
-    words = random_words(seed, key, model, d.numel()).view(rows.shape)
+    words = random_words(drop.seed, key, model, d.numel(), begin=begin).view(rows.shape)
     kept = words < (p * 2.0**32).round()
     if rescale == "probability":
         factor = torch.where(kept, 1 / p, 0)
