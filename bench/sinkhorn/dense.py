@@ -179,7 +179,7 @@ def _tolerance(kind: str, rho: float | None, dtype: torch.dtype) -> float | None
         return 2e-4
     if dtype == torch.float64:  # the exact loop is eager's: it has no error to double
         return 1e-14
-    # The mean error of a float32 exponential, 1.5e-8 here, moves mass between f and g; with soft marginals nothing takes
+    # The mean error of a float32 exponential, 1.5e-8 here, moves f against g; with soft marginals nothing takes
     # that out, and iterations add it up to 1 / (1 - (rho / (rho + epsilon))^2), some ten times as much.
     return None if rho is None else 1e-6
 
