@@ -173,6 +173,17 @@ def _ragged_case(batch, n, dtype, device, epsilon, iterations) -> Case:
     )
 
 
+def _tolerance(kind: str, rho: float | None, dtype: torch.dtype) -> float | None:
+    """None: twice eager's error."""
+    if kind == "transport":
+        return 2e-4
+    if dtype == torch.float64:  # the exact loop is eager's: it has no error to double
+        return 1e-14
+    # The mean error of a float32 exponential, 1.5e-8 here, moves f against g; with soft marginals nothing takes
+    # that out, and iterations add it up to 1 / (1 - (rho / (rho + epsilon))^2), some ten times as much.
+    return None if rho is None else 1e-6
+
+
 def _case(
     shape, dtype, device, epsilon, iterations, kind="potentials", slow=True, rho=None
 ) -> Case:
@@ -215,7 +226,7 @@ def _case(
         compiled=None if backward or rho else steps(_compiled_loop(epsilon, iterations))(cost),
         peers=peers,
         bytes=cost.numel() * cost.element_size() * (2 if backward else 1),
-        tolerance=2e-4 if kind == "transport" else None,
+        tolerance=_tolerance(kind, rho, dtype),
         saved_bytes=saved,
         floor_note=f"bytes of C once; the loop reads it {iterations} times from the caches",
     )

@@ -830,6 +830,19 @@ def _(grad, cost, a, b, f, g, epsilon, lengths=None):
     )
 
 
+# ---- sinkhorn.plan_sums ------------------------------------------------------------------------------
+
+
+@op(
+    "sinkhorn.plan_sums",
+    "sinkhorn_plan_sums(Tensor cost, Tensor f, Tensor g, Tensor x, Tensor? w, Tensor y, float epsilon,"
+    " bool by_cost=False, Tensor? lengths=None) -> (Tensor rows, Tensor columns)",
+)
+def _(cost, f, g, x, w, y, epsilon, by_cost=False, lengths=None):
+    batch, n, m = cost.shape
+    return cost.new_empty((batch, n)), cost.new_empty((batch, m))
+
+
 # ---- sinkhorn.streaming ------------------------------------------------------------------------------
 
 # x (B, n, d), y (B, m, d), a and f (B, n), b and g (B, m), all of one dtype. cost: 0 squared, 1 half squared,

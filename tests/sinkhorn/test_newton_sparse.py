@@ -76,10 +76,31 @@ def test_solve_solves_the_truncated_system(shape):
     x, y, iterations = ops.sinkhorn_newton_solve(values, index, p, q, ra, rb, 0.0, 1e-13, 1000)
     z, r = torch.cat([x, y], -1), torch.cat([ra, rb], -1)
     left = (newton_matrix(values, index, p, q) @ z[..., None]).squeeze(-1)
-    assert relative_error(left, r) < 1e-9
+    scale = torch.cat([p, q], -1).rsqrt()  # iterative solvers end by the system of unit diagonal
+    assert relative_error(scale * left, scale * r) < 1e-9
     u, v, _ = newton_solve_reference(values, index, p, q, ra, rb, 0.0, 0.0, 0)
     assert relative_error(x, u) < 1e-9 and relative_error(y, v) < 1e-9
     assert (iterations < 100).all()
+
+
+def test_what_has_no_mass_stays_and_a_column_may_be_in_every_row():
+    n, m = 40, 30
+    i = torch.arange(n, device=DEVICE)
+    index = torch.stack([0 * i, 1 + i % 14, 15 + i % 14], -1)[None]
+    values = torch.rand(1, n, 3, dtype=F64, device=DEVICE) + 0.1
+    values[0, 5] = 0
+    p = values.sum(-1) * 1.2
+    q = torch.zeros(1, m, dtype=F64, device=DEVICE).scatter_add(
+        -1, index.flatten(1), values.flatten(1)
+    )
+    q *= 1.2
+    ra, rb = torch.randn_like(p), torch.randn_like(q)
+    out = ops.sinkhorn_newton_solve(values, index, p, q, ra, rb, 0.01, 1e-14, 1000)
+    want = newton_solve_reference(values, index, p, q, ra, rb, 0.01, 0.0, 0)
+    assert relative_error(out[0], want[0]) < 1e-11 and relative_error(out[1], want[1]) < 1e-11
+    assert out[0][0, 5] == 0 and out[1][0, m - 1] == 0
+    nothing = ops.sinkhorn_newton_solve(values, index, p, q, 0 * ra, 0 * rb, 0.01, 1e-14, 1000)
+    assert not nothing[0].any() and not nothing[1].any() and nothing[2] == 0
 
 
 @pytest.mark.no_interpreter

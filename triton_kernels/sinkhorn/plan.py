@@ -19,6 +19,14 @@ from ._shared import _bound
 
 LOG2E = 1.4426950408889634
 ROWS, COLUMNS = 16, 128  # a tile
+PROGRAMS = 128  # that a problem of few rows is shared out to, by its columns
+
+
+def shares(n: int, m: int) -> tuple[int, int]:
+    """How many shares of the columns there are, and how wide, a multiple of a tile: by the shape alone."""
+    splits = min(triton.cdiv(PROGRAMS, triton.cdiv(n, ROWS)), triton.cdiv(m, 4 * COLUMNS))
+    width = triton.cdiv(triton.cdiv(m, splits), COLUMNS) * COLUMNS
+    return triton.cdiv(m, width), width
 
 
 @triton.jit
@@ -69,17 +77,18 @@ def sinkhorn_plan_kernel(
 
 @triton.jit
 def sinkhorn_plan_backward_kernel(
-    grad, cost, a, b, f, g, dcost, row_sum, partial, lengths, kappa_at, n, m, row_tiles,
-    RAGGED: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
+    grad, cost, a, b, f, g, dcost, row_sum, partial, lengths, kappa_at, n, m, row_tiles, splits,
+    width, RAGGED: tl.constexpr, ACC: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """R rows, all columns: dC, the row sums, and this block's share of the column sums."""
-    program = tl.program_id(0).to(tl.int64)
+    """R rows of a share of the columns: dC, the row sums, and this block's part of the column sums."""
+    split = tl.program_id(0).to(tl.int64) % splits
+    program = tl.program_id(0).to(tl.int64) // splits
     item = program // row_tiles
     i = program % row_tiles * R + tl.arange(0, R)
     kappa = tl.load(kappa_at)
     ai = tl.load(a + item * n + i, mask=i < n, other=0.0)[:, None]
     total = tl.zeros((R,), ACC)
-    for start in range(0, m, C):
+    for start in range(split * width, tl.minimum((split + 1) * width, m), C):
         j = start + tl.arange(0, C)
         e, at, mask, inside = _tile(cost, f, g, lengths, item, i, j, n, m, kappa, RAGGED, ACC)
         d = tl.load(grad + at, mask=mask, other=0.0)
@@ -93,7 +102,7 @@ def sinkhorn_plan_backward_kernel(
         total += tl.sum(row, 1)
         tl.store(dcost + at, change, mask=inside)
         tl.store(partial + program * m + j, tl.sum(d * (e * ai), 0), mask=j < m)
-    tl.store(row_sum + item * n + i, total, mask=i < n)
+    tl.store(row_sum + (item * splits + split) * n + i, total, mask=i < n)
 
 
 @triton.jit
@@ -139,19 +148,26 @@ def sinkhorn_plan_backward(grad, cost, a, b, f, g, epsilon, lengths=None):
     if cost.numel() == 0:
         return dcost, row_sum, column_sum
     rows, tiles = triton.cdiv(n, ROWS), triton.cdiv(m, COLUMNS)
+    splits, width = shares(n, m)
     partial = cost.new_empty((batch, rows, m))
+    row_parts = row_sum if splits == 1 else cost.new_empty((batch, splits, n))
     acc = accumulator(cost)
     with on_device_of(cost):
         kappa = cost.new_full((1,), LOG2E / epsilon)
-        sinkhorn_plan_backward_kernel[(batch * rows,)](
-            grad, cost, a, b, f, g, dcost, row_sum, partial,
+        sinkhorn_plan_backward_kernel[(batch * rows * splits,)](
+            grad, cost, a, b, f, g, dcost, row_parts, partial,
             cost if lengths is None else lengths.contiguous(),
-            kappa, n, m, rows, RAGGED=lengths is not None, ACC=acc, R=ROWS, C=COLUMNS,
+            kappa, n, m, rows, splits, width, RAGGED=lengths is not None, ACC=acc, R=ROWS, C=COLUMNS,
             num_warps=_warps(cost.dtype == torch.float64),
         )  # fmt: skip
         sinkhorn_sum_blocks_kernel[(batch * tiles,)](
             partial, column_sum, m, rows, tiles, ACC=acc, C=COLUMNS, num_warps=4
         )
+        if splits > 1:
+            tiles = triton.cdiv(n, COLUMNS)
+            sinkhorn_sum_blocks_kernel[(batch * tiles,)](
+                row_parts, row_sum, n, splits, tiles, ACC=acc, C=COLUMNS, num_warps=4
+            )
     return dcost, row_sum, column_sum
 
 
@@ -174,7 +190,7 @@ def aot() -> Iterator:
             ("sum_blocks", sinkhorn_sum_blocks_kernel, {"C": COLUMNS}),
         ):
             constants["ACC"] = acc
-            integers = ("n", "m", "blocks", "tiles", "row_tiles", "column_tiles")
+            integers = ("n", "m", "blocks", "tiles", "row_tiles", "column_tiles", "splits", "width")
             names = [k for k in fn.arg_names if k not in constants]
             yield AotCase(
                 name=f"sinkhorn_{name}_{tag}",
@@ -183,6 +199,8 @@ def aot() -> Iterator:
                     k: "*i64" if k == "lengths" else "i32" if k in integers else word for k in names
                 },
                 constexprs=constants,
-                divisible_by_16=[k for k in names if k == "m" or k not in (*integers, "kappa_at")],
+                divisible_by_16=[
+                    k for k in names if k in ("m", "width") or k not in (*integers, "kappa_at")
+                ],
                 num_warps=_warps(word == "*fp64") if name == "plan_backward" else 4,
             )

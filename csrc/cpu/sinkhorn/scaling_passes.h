@@ -95,7 +95,8 @@ SOLERA_INLINE void over_columns(const T* const* row, int64_t k, const F& body) {
   for (; j + L <= k; j += L) {
     for (int r = 0; r < R; ++r) {
       x[r] = load(row[r] + j);
-      __builtin_prefetch(row[r] + R * k + j);  // the next rows: no stream follows a page's end
+      // The next rows, into L2: no stream follows a page's end, and L1 is full of this row.
+      __builtin_prefetch(row[r] + R * k + j, 0, 2);
     }
     body(j, x);
   }

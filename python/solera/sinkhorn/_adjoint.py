@@ -24,8 +24,9 @@ $r \odot t$ (a constant moved between f and g), which is deflated. Dividing by s
 positive semidefinite whatever the rounding of the potentials and however far from convergence.
 
 Up to `DENSE` unknowns, and where the solve is itself differentiated, it is a float64 Cholesky factorisation on
-the smaller side. Beyond, conjugate gradients with E in the problem's own dtype: two products with E a step, about
-$\log(1/\text{tolerance}) / (2\sqrt{1 - r})$ steps where $r$ is Sinkhorn's linear rate. On the CPU a solve that does not
+the smaller side. Beyond, conjugate gradients in the problem's own dtype, which never store E: a step is one call of
+core `plan_sums`, and there are about $\log(1/\text{tolerance}) / (2\sqrt{1 - r})$ of them where $r$ is Sinkhorn's
+linear rate. On the CPU a solve that does not
 converge within `STEPS` is factorised after all; on other devices, where that would be a synchronisation, and
 under torch.compile, conjugate gradients serve from `DENSE_DEVICE` unknowns on, with all their steps.
 """
@@ -37,11 +38,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._route import use_reference
 from .dense_reference import damping
-from .plan import _sinkhorn_plan, kernel_matrix, valid_cost
-
-_op = torch.ops.solera
+from .plan import kernel_matrix, valid_cost
+from .plan_sums import stored_sums
 
 # Added to the diagonal of the dense system: above the rounding of its entries, so that where the problem
 # falls apart into blocks that exchange less than this, the solution is the one that moves them least.
@@ -84,52 +83,71 @@ def conjugate_gradients(
     return x * size, (square <= target).squeeze(-1)
 
 
-def _solve(e, a, b, rows, columns, u, v, la, lb, balanced, steps):
-    """(X, Y, converged) of the module's docstring, the system on b's side; steps = 0: Cholesky."""
+def _met(t: Tensor) -> Tensor:
+    """A sum of a side's density, 1 for a row or column without an allowed pair: it counts as met."""
+    return torch.where(t == 0, 1.0, t)
+
+
+def _direct(e, a, b, rows, columns, u, v, la, lb, balanced):
+    """(X, Y) of the module's docstring by a Cholesky factor of the system on b's side."""
     et = e.transpose(-1, -2)
     right = -la * _times(et, (u - lb * a * _times(e, v / columns)) / rows)
-    tiny = 1e-200 if e.dtype == torch.float64 else 1e-38
+    root, null = _scaling(b, columns)
+    inner = (et * (a / rows).unsqueeze(-2)) @ e
+    system = -(la * lb) * root.unsqueeze(-1) * inner * root.unsqueeze(-2)
+    if balanced:
+        system = system + null.unsqueeze(-1) * null.unsqueeze(-2)
+    system = system + (1.0 + RIDGE) * torch.eye(b.shape[-1], dtype=e.dtype, device=e.device)
+    # Not linalg.solve: its batched LU can hang with MKL, and Cholesky is half the work.
+    factor, failed = torch.linalg.cholesky_ex(system)
+    eta = torch.cholesky_solve((root * right).unsqueeze(-1), factor).squeeze(-1)
+    kappa = torch.where((failed == 0).unsqueeze(-1), eta, torch.nan) / root
+    y = lb * (v + b * kappa) / columns
+    return la * (u - a * _times(e, y)) / rows, y
+
+
+def _scaling(b: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """r of the module's docstring and the deflated direction."""
+    tiny = 1e-200 if b.dtype == torch.float64 else 1e-38
     root = torch.sqrt(b / columns + tiny)  # differentiable at a zero weight
     null = root * columns
-    null = null / torch.linalg.vector_norm(null, dim=-1, keepdim=True)
-    if steps == 0:
-        inner = (et * (a / rows).unsqueeze(-2)) @ e
-        system = -(la * lb) * root.unsqueeze(-1) * inner * root.unsqueeze(-2)
-        if balanced:
-            system = system + null.unsqueeze(-1) * null.unsqueeze(-2)
-        system = system + (1.0 + RIDGE) * torch.eye(b.shape[-1], dtype=e.dtype, device=e.device)
-        # Not linalg.solve: its batched LU can hang with MKL, and Cholesky is half the work.
-        factor, failed = torch.linalg.cholesky_ex(system)
-        eta = torch.cholesky_solve((root * right).unsqueeze(-1), factor).squeeze(-1)
-        good = failed == 0
-        eta = torch.where(good.unsqueeze(-1), eta, torch.nan)
-    else:
-
-        def product(z: Tensor) -> Tensor:
-            y = z - la * lb * root * _times(et, a / rows * _times(e, root * z))
-            return y + null * (null * z).sum(-1, keepdim=True) if balanced else y
-
-        tolerance = 1e-13 if e.dtype == torch.float64 else 1e-7
-        eta, good = conjugate_gradients(product, root * right, tolerance, steps)
-    # b kappa = b eta / root, written so that a weight of 0 (root near 0) gives 0 without a division.
-    kappa = torch.where(b > 0, eta / root, 0.0) if steps else eta / root
-    y = lb * (v + b * kappa) / columns
-    return la * (u - a * _times(e, y)) / rows, y, good
+    return root, null / torch.linalg.vector_norm(null, dim=-1, keepdim=True)
 
 
-def _system(e, a, b, u, v, la, lb, balanced, steps):
-    """The solve on the smaller side; rows or columns without an allowed pair count as met."""
+def _factored(cost, a, b, f, g, epsilon, u, v, la, lb, balanced, lengths):
+    """(X, Y, E Y, E^T X) on the smaller side, differentiable."""
+    e = kernel_matrix(valid_cost(cost, lengths).to(f.dtype), f, g, epsilon)
     rows, columns = _times(e, b), _times(e.transpose(-1, -2), a)
     if balanced:
         # Both are 1 at the solution (0 for a massless row of forbidden pairs), so their derivative is 0.
         rows, columns = rows.detach(), columns.detach()
-    rows, columns = (torch.where(t == 0, 1.0, t) for t in (rows, columns))
+    rows, columns = _met(rows), _met(columns)
     if a.shape[-1] < b.shape[-1]:
         et = e.transpose(-1, -2)
-        y, x, good = _solve(et, b, a, columns, rows, v, u, lb, la, balanced, steps)
+        y, x = _direct(et, b, a, columns, rows, v, u, lb, la, balanced)
     else:
-        x, y, good = _solve(e, a, b, rows, columns, u, v, la, lb, balanced, steps)
-    return x, y, good
+        x, y = _direct(e, a, b, rows, columns, u, v, la, lb, balanced)
+    return x, y, _times(e, y), _times(e.transpose(-1, -2), x)
+
+
+def _iterated(cost, a, b, f, g, epsilon, u, v, la, lb, balanced, lengths):
+    """(X, Y, E Y, E^T X, converged) by conjugate gradients on b's side; nothing of the size of cost is stored."""
+    sums = stored_sums(cost, f, g, epsilon, lengths)
+    rows, columns = (_met(t) for t in sums(b, None, a))
+    weight, zero = a / rows, torch.zeros_like(a)
+    root, null = _scaling(b, columns)
+    right = -la * root * sums(v / columns, -lb * weight, u / rows)[1]
+
+    def product(z: Tensor) -> Tensor:
+        y = z - la * lb * root * sums(root * z, weight, zero)[1]
+        return y + null * (null * z).sum(-1, keepdim=True) if balanced else y
+
+    tolerance = 1e-13 if f.dtype == torch.float64 else 1e-7
+    eta, good = conjugate_gradients(product, right, tolerance, STEPS)
+    # b kappa = b eta / root; a weight of 0 (root near 0) gives 0 without a division.
+    y = lb * (v + b * torch.where(b > 0, eta / root, 0.0)) / columns
+    row, column = sums(y, -la * weight, la * u / rows)
+    return la * (u - a * row) / rows, y, row, column, good
 
 
 def adjoint(
@@ -156,7 +174,7 @@ def adjoint(
     here = cost.device.type == "cpu" and not torch.compiler.is_compiling()
     iterative = not torch.is_grad_enabled() and side > (DENSE if here else DENSE_DEVICE)
 
-    def attempt(steps: int, dtype: torch.dtype):
+    def attempt(solve: Callable, dtype: torch.dtype):
         low = [t.to(dtype) for t in (a, b, f, g)]
         u = torch.zeros_like(low[2]) if du is None else du.to(dtype)
         v = torch.zeros_like(low[3]) if dv is None else dv.to(dtype)
@@ -164,18 +182,12 @@ def adjoint(
         if balanced:
             d = ((u.sum(-1) - v.sum(-1)) / (low[0].sum(-1) + low[1].sum(-1))).unsqueeze(-1)
             u, v = u - d * low[0], v + d * low[1]
-        if steps:
-            op = _sinkhorn_plan if use_reference() else _op.sinkhorn_plan
-            ones = torch.ones_like(f), torch.ones_like(g)
-            e = op(cost, ones[0], ones[1], f, g, ones[0], None, epsilon, lengths)
-        else:
-            e = kernel_matrix(valid_cost(cost, lengths).to(dtype), low[2], low[3], epsilon)
-        x, y, good = _system(e, low[0], low[1], u, v, la, lb, balanced, steps)
-        da, db = -epsilon * _times(e, y), -epsilon * _times(e.transpose(-1, -2), x)
+        x, y, row, column, *good = solve(cost, *low, epsilon, u, v, la, lb, balanced, lengths)
+        da, db = -epsilon * row, -epsilon * column
         return (x, y, da, db) if d is None else (x, y, da - d * low[2], db + d * low[3]), good
 
     if iterative:
-        result, good = attempt(STEPS, cost.dtype)
+        result, (good,) = attempt(_iterated, cost.dtype)
         if not here or bool((good | f.isnan().any(-1)).all()):
             return result
-    return attempt(0, torch.float64)[0]
+    return attempt(_factored, torch.float64)[0]

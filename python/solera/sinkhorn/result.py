@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree
 
 from .. import _check
-from .._route import without_autocast
-from .plan import transport_plan, valid_cost, within
+from .plan import transport_plan, within
 from .plan_apply import plan_apply
+from .plan_sums import plan_cost, plan_marginals
 
 
 @dataclass(frozen=True)
@@ -56,17 +56,13 @@ class SinkhornResult:
         Shapes: (..., n, m). Differentiable in cost, a and b through f and g, by implicit differentiation.
         Computed at each call and not kept.
         """
-        cost, a, b = self._problem
-        flat = transport_plan(
-            cost,
-            a,
-            b,
-            self.f.reshape(a.shape),
-            self.g.reshape(b.shape),
-            self._epsilon,
-            self._lengths,
-        )
+        flat = transport_plan(*self._tensors(), self._epsilon, self._lengths)
         return flat.reshape(*self.f.shape, self.g.shape[-1])
+
+    def _tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """cost (batch, n, m), a, b, f, g, the batch flattened."""
+        cost, a, b = self._problem
+        return cost, a, b, self.f.reshape(a.shape), self.g.reshape(b.shape)
 
     def apply(self, v: Tensor) -> Tensor:
         """P v, the plan applied to a function on the columns. Differentiable in v and the problem.
@@ -99,22 +95,22 @@ class SinkhornResult:
             raise ValueError(
                 f"v: expected shape {(*batch, count)} or {(*batch, count, 'd')}, got {tuple(v.shape)}"
             )
-        cost, a, b = self._problem
-        _check.like("v", v, tuple(v.shape), cost, "the plan")
-        v = self._inside((v.unsqueeze(-1) if vector else v).to(cost.dtype), side)
+        _check.like("v", v, tuple(v.shape), self._problem[0], "the plan")
+        v = v.unsqueeze(-1) if vector else v
+        out = self._product(v.to(self._problem[0].dtype), side)
+        return out.squeeze(-1) if vector else out
+
+    def _product(self, v: Tensor, side: int) -> Tensor:
+        """P v for side 1, P^T v for side 0, v (..., k, d) or (k, d)."""
+        v = self._inside(v, side)
         out = plan_apply(
-            cost,
-            a,
-            b,
-            self.f.reshape(a.shape),
-            self.g.reshape(b.shape),
-            v if v.dim() == 2 else v.reshape(cost.shape[0], *v.shape[-2:]),
+            *self._tensors(),
+            v if v.dim() == 2 else v.reshape(self._problem[0].shape[0], *v.shape[-2:]),
             self._epsilon,
             self._lengths,
             side == 0,
         )
-        out = out.reshape(*batch, *out.shape[-2:])
-        return out.squeeze(-1) if vector else out
+        return out.reshape(*self.f.shape[:-1], *out.shape[-2:])
 
     def _inside(self, v: Tensor, side: int) -> Tensor:
         """v (..., k, d), 0 in the padding, where a NaN would reach the product."""
@@ -128,8 +124,8 @@ class SinkhornResult:
 
         Shapes: (..., n), (..., m). Differentiable in cost, a and b, by implicit differentiation.
         """
-        plan = self.plan()
-        return plan.sum(-1), plan.sum(-2)
+        row, column = plan_marginals(*self._tensors(), self._epsilon, self._lengths)
+        return row.reshape(self.f.shape), column.reshape(self.g.shape)
 
     def barycentric_projection(self, y: Tensor) -> Tensor:
         """Where each row's mass goes on average: (P y)_i / (P 1)_i. 0 for a row without mass.
@@ -143,20 +139,20 @@ class SinkhornResult:
         batch, m = tuple(self.f.shape[:-1]), self.g.shape[-1]
         if y.shape[:-1] not in ((*batch, m), (m,)):
             raise ValueError(f"y: expected shape {(*batch, m, 'd')}, got {tuple(y.shape)}")
-        plan = self.plan()
-        _check.like("y", y, tuple(y.shape), plan, "the plan")
-        mass = plan.sum(-1, keepdim=True)
-        with without_autocast(plan):
-            return plan @ self._inside(y.to(plan.dtype), 1) / torch.where(mass > 0, mass, 1.0)
+        _check.like("y", y, tuple(y.shape), self._problem[0], "the plan")
+        y = y.to(self._problem[0].dtype)
+        moved, mass = self._product(torch.cat([y, torch.ones_like(y[..., :1])], -1), 1).split(
+            [y.shape[-1], 1], -1
+        )
+        return moved / torch.where(mass > 0, mass, 1.0)
 
     def transport_cost(self) -> Tensor:
         """<P, C>, the transport cost without the entropy; a forbidden pair (cost inf) counts as 0.
 
         Shapes: (...). Differentiable in cost, a and b, by implicit differentiation.
         """
-        cost = valid_cost(self._problem[0], self._lengths)
-        cost = torch.where(cost == torch.inf, 0.0, cost).reshape(*self.f.shape, self.g.shape[-1])
-        return (self.plan() * cost).sum((-2, -1))
+        cost = plan_cost(*self._tensors(), self._epsilon, self._lengths)
+        return cost.reshape(self.f.shape[:-1])
 
 
 _NAMES = tuple(f.name for f in fields(SinkhornResult))
