@@ -102,6 +102,7 @@ def spare_the_interpreter(items):
     minutes = pytest.mark.skip(reason="the interpreter takes minutes here; the C++ run covers it")
     fakes = pytest.mark.skip(reason="compilation traces fakes, not kernels; the C++ run covers it")
     again = pytest.mark.skip(reason="interpreted with its first parameters only")
+    threads = pytest.mark.skip(reason="the interpreter knows no threads")
     once = set()
     for item in items:
         name = getattr(item, "originalname", item.name)
@@ -109,6 +110,8 @@ def spare_the_interpreter(items):
             item.add_marker(minutes)
         elif name.startswith(("test_compile", "test_engine_compiles")):
             item.add_marker(fakes)
+        elif name == "test_same_bits_for_any_thread_count":
+            item.add_marker(threads)
         elif name.startswith(("test_opcheck", "test_same_bits_for_any_thread_count")):
             if (item.fspath, name) in once:
                 item.add_marker(again)

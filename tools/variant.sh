@@ -18,14 +18,15 @@ variant=$1
 shift
 case $variant in sanitize | generic | isa) ;; *) echo "no such variant: $variant" >&2; exit 2 ;; esac
 
-# What checks values and memory; compilers, interpreters, docs and packaging have their own stage.
-tests=(--ignore-glob='tests/test_*.py')
-tests+=(-m "not inductor and not slow" -k "not compile and not opcheck")
+# What checks values and memory; compilers, interpreters, docs and packaging have their own stage, and two ranks
+# are processes that spend their time starting.
+tests=(--ignore-glob='tests/test_*.py' -m "not inductor and not slow")
+memory="not compile and not opcheck and not ranks and not distributed and not narrower"
 export PYTHONPATH=$root/tools
 tests+=(-p brief_tests --hypothesis-profile=brief -p no:cacheprovider --capture=sys)
 tests+=(-n "${JOBS:-2}" --dist worksteal)
 # Another instruction set changes values, and nothing that happens in Python.
-values="not compile and not opcheck and not gradgrad and not gradcheck and not bad_ and not pickle and not ranks"
+values="$memory and not gradgrad and not gradcheck and not bad_ and not pickle"
 
 copy() {
   mkdir -p "build/$1"
@@ -54,7 +55,7 @@ case $variant in
     export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
     cd build/sanitize
     export PYTHONPATH=$PWD/python:$PYTHONPATH LD_PRELOAD="${preload# }"
-    exec "$python" -m pytest "${tests[@]}" -k "not compile and not opcheck and not ranks" "$@"
+    exec "$python" -m pytest "${tests[@]}" -k "$memory" "$@"
     ;;
   isa)
     # The usual tests were the run on the widest; functions over cores bring no other code than their core.
