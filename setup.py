@@ -8,6 +8,7 @@ one Python version; elsewhere, or where it does not build, threads in Python do 
 one that torch brings. Environment:
 
 SOLERA_GENERIC=1    leave the x86 instruction sets out (what aarch64 and macOS get)
+SOLERA_GENERIC=avx2 the same sources and choices, but that one set's code: a third of the objects, for tests
 SOLERA_AVX512=0     leave that one out, for tests on a machine that cannot run it
 SOLERA_SANITIZE=1   AddressSanitizer and UBSan (see `make sanitize`), not optimised
 SOLERA_OPTIMIZE=0   compiles in a third of the time, for tests of values
@@ -44,6 +45,7 @@ def compiler() -> str:
 
 
 X86 = platform.machine() in ("x86_64", "AMD64") and not flag("SOLERA_GENERIC")
+ONE_SET = os.environ.get("SOLERA_GENERIC", "1")
 ISA_FLAGS = {
     "generic": [],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-mbmi2"],
@@ -131,7 +133,7 @@ class Build(build_ext):
             link += ["-undefined", "dynamic_lookup"]
         includes = [f"-isystem{p}" for p in include_paths()]
         kind = "san" if flag("SOLERA_SANITIZE") else "opt" if optimized else "plain"
-        sets = len(ISA_FLAGS) if X86 else 1
+        sets = len(ISA_FLAGS) if X86 else ONE_SET
         stamp = f"{torch.__version__}-{kind}-{sets}"
         temp = Path(self.build_temp) / stamp
 
@@ -147,7 +149,8 @@ class Build(build_ext):
                 front = ["-DSOLERA_FRONT", *includes] if isa == "generic" else []
                 front += ["-DSOLERA_X86"] if X86 else []
                 front += ["-DSOLERA_AVX512"] if X86 and "avx512" in ISA_FLAGS else []
-                command = [compiler(), *common, *ISA_FLAGS[isa], f"-DSOLERA_ISA={isa}", *front]
+                vectors = ISA_FLAGS[isa] if X86 else ISA_FLAGS.get(ONE_SET, [])
+                command = [compiler(), *common, *vectors, f"-DSOLERA_ISA={isa}", *front]
                 command += ["-MMD", "-MF", str(target.with_suffix(".d"))]
                 jobs.append((target, [*command, "-c", source, "-o"]))
 

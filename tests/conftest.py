@@ -31,6 +31,22 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("solera")
 
 
+opcheck, traced = torch.library.opcheck, set()
+
+
+def opcheck_traced_once(op, args, kwargs=None, **options):
+    """torch.library.opcheck whose trace with sizes unknown, which is nearly all of its time, is made once in a
+    process for an op and the arguments absent. Strides, flags and dtypes change what an op's fake returns, not
+    how it is traced: every call has its fake compared with the kernel."""
+    case = (str(op), *(arg is None for arg in args))
+    if case in traced:
+        options.setdefault("test_utils", ("test_schema", "test_faketensor"))
+    traced.add(case)
+    return opcheck(op, args, kwargs, **options)
+
+
+torch.library.opcheck = opcheck_traced_once
+
 if os.environ.get("TRITON_INTERPRET") == "1":
     # One random direction instead of every element: each element costs a run of the kernel.
     torch.autograd.gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
@@ -60,8 +76,18 @@ def tests_a_core(path: Path) -> bool:
     return any(f"{path.stem}_".startswith(f"test_{core}_") for core in cores)
 
 
+CORES_ALONE = os.environ.get("SOLERA_TEST_CORES", "0") not in ("", "0")
+
+
+def pytest_ignore_collect(collection_path):
+    """A file that holds no test of a core is not even imported: some import jax or scikit-learn."""
+    if not CORES_ALONE or not collection_path.match("test_*.py") or tests_a_core(collection_path):
+        return None
+    return "mark.kernel" not in collection_path.read_text() or None
+
+
 def pytest_collection_modifyitems(config, items):
-    if os.environ.get("SOLERA_TEST_CORES", "0") not in ("", "0"):
+    if CORES_ALONE:
         of_core = {path: tests_a_core(path) for path in {item.path for item in items}}
         left_out = [i for i in items if not of_core[i.path] and not i.get_closest_marker("kernel")]
         config.hook.pytest_deselected(items=left_out)
@@ -76,6 +102,7 @@ def spare_the_interpreter(items):
     minutes = pytest.mark.skip(reason="the interpreter takes minutes here; the C++ run covers it")
     fakes = pytest.mark.skip(reason="compilation traces fakes, not kernels; the C++ run covers it")
     again = pytest.mark.skip(reason="interpreted with its first parameters only")
+    threads = pytest.mark.skip(reason="the interpreter knows no threads")
     once = set()
     for item in items:
         name = getattr(item, "originalname", item.name)
@@ -83,6 +110,8 @@ def spare_the_interpreter(items):
             item.add_marker(minutes)
         elif name.startswith(("test_compile", "test_engine_compiles")):
             item.add_marker(fakes)
+        elif name == "test_same_bits_for_any_thread_count":
+            item.add_marker(threads)
         elif name.startswith(("test_opcheck", "test_same_bits_for_any_thread_count")):
             if (item.fspath, name) in once:
                 item.add_marker(again)

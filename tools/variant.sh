@@ -2,12 +2,13 @@
 # Tests of other builds and instruction sets than the usual one, each build in a copy under build/, so that
 # the library in python/solera stays as it is.
 #
-#   tools/variant.sh sanitize   AddressSanitizer and UBSan
+#   tools/variant.sh isa        the usual build, limited to its avx2 kernels, then to those without vector instructions
+#   tools/variant.sh sanitize   AddressSanitizer and UBSan, on the sources as aarch64 and macOS compile them
 #   tools/variant.sh generic    no x86 instruction sets: what aarch64 and macOS get
-#   tools/variant.sh isa        the usual build limited to its avx2 kernels, then `generic`
 #
-# `isa` has no avx2 run where avx2 is the widest there is: the usual tests were that run. More arguments go to
-# pytest. PYTHON: the interpreter (.venv's if there is one). JOBS: processes, 2.
+# `isa` compiles nothing. `sanitize` is a build of one instruction set (see SOLERA_GENERIC in setup.py), the widest of
+# this machine: the usual three would be three times the objects, two of which no test would run.
+# More arguments go to pytest. PYTHON: the interpreter (.venv's if there is one). JOBS: processes, 2.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -17,14 +18,15 @@ variant=$1
 shift
 case $variant in sanitize | generic | isa) ;; *) echo "no such variant: $variant" >&2; exit 2 ;; esac
 
-# What checks values and memory; compilers, interpreters, docs and packaging have their own stage.
-tests=(--ignore-glob='tests/test_*.py')
-tests+=(-m "not inductor and not slow" -k "not compile and not opcheck")
+# What checks values and memory; compilers, interpreters, docs and packaging have their own stage, and two ranks
+# are processes that spend their time starting.
+tests=(--ignore-glob='tests/test_*.py' -m "not inductor and not slow")
+memory="not compile and not opcheck and not ranks and not distributed and not narrower"
 export PYTHONPATH=$root/tools
-tests+=(-p brief_hypothesis --hypothesis-profile=brief -p no:cacheprovider --capture=sys)
+tests+=(-p brief_tests --hypothesis-profile=brief -p no:cacheprovider --capture=sys)
 tests+=(-n "${JOBS:-2}" --dist worksteal)
 # Another instruction set changes values, and nothing that happens in Python.
-values="not compile and not opcheck and not gradgrad and not gradcheck and not bad_ and not pickle and not ranks"
+values="$memory and not gradgrad and not gradcheck and not bad_ and not pickle"
 
 copy() {
   mkdir -p "build/$1"
@@ -40,12 +42,12 @@ build() { # name VARIABLE=value...
     { tail -40 "build/$1/build.log"; return 1; }
 }
 
-widest=avx2
-if grep -qw avx512dq /proc/cpuinfo 2>/dev/null; then widest=avx512; fi
+has() { grep -qw "$1" /proc/cpuinfo 2>/dev/null; }
+if has avx512dq; then widest=avx512; elif has avx2 && has f16c; then widest=avx2; else widest=generic; fi
 
 case $variant in
   sanitize)
-    build sanitize SOLERA_SANITIZE=1 SOLERA_AVX512=$([ "$widest" = avx512 ] && echo 1 || echo 0)
+    build sanitize SOLERA_SANITIZE=1 SOLERA_GENERIC=$widest
     preload=
     for library in libasan.so libubsan.so; do preload+=" $(realpath "$(${CXX:-g++} -print-file-name=$library)")"; done
     # torch and Python hold memory at exit and register symbols twice: not what is looked for here.
@@ -53,16 +55,18 @@ case $variant in
     export UBSAN_OPTIONS=print_stacktrace=1:halt_on_error=1
     cd build/sanitize
     export PYTHONPATH=$PWD/python:$PYTHONPATH LD_PRELOAD="${preload# }"
-    exec "$python" -m pytest "${tests[@]}" -k "not compile and not opcheck and not gradgrad and not ranks" "$@"
+    exec "$python" -m pytest "${tests[@]}" -k "$memory" "$@"
     ;;
   isa)
+    # The usual tests were the run on the widest; functions over cores bring no other code than their core.
+    export SOLERA_TEST_CORES=1
+    [ "$widest" != generic ] || { echo "no narrower instruction set on this machine"; exit 0; }
     if [ "$widest" = avx512 ]; then
       echo SOLERA_ISA=avx2
       SOLERA_ISA=avx2 "$python" -m pytest "${tests[@]}" -k "$values" "$@"
-    else
-      echo "avx512 is not on this machine: the usual tests run avx2, so only the build without any follows"
     fi
-    exec tools/variant.sh generic "$@"
+    echo SOLERA_ISA=generic
+    SOLERA_ISA=generic exec "$python" -m pytest "${tests[@]}" -k "$values" "$@"
     ;;
   generic)
     build generic SOLERA_GENERIC=1 SOLERA_OPTIMIZE=0

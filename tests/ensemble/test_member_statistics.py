@@ -215,10 +215,6 @@ def compiled_matches(backend):
         torch.testing.assert_close(torch.autograd.grad(got, z), torch.autograd.grad(want, z))
 
 
-def test_compile_aot_eager():
-    compiled_matches("aot_eager")
-
-
 @pytest.mark.inductor
 @pytest.mark.no_interpreter
 def test_compile_inductor():

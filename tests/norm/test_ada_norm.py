@@ -236,7 +236,7 @@ def test_same_bits_for_any_thread_count_and_batch(form):
     threads = torch.get_num_threads()
     results = []
     try:
-        for n in (1, 2, 3):
+        for n in (1,) if INTERPRETED else (1, 2, 3):
             torch.set_num_threads(n)
             results.append(both(ours, "layer", tensors, (g, g)))
     finally:

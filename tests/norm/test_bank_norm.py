@@ -340,10 +340,6 @@ def compiled_matches(backend):
         torch.testing.assert_close(top(*plain, k=2), querybank_norm_embed(*plain, k=2))
 
 
-def test_compile_aot_eager():
-    compiled_matches("aot_eager")
-
-
 @pytest.mark.inductor
 @pytest.mark.no_interpreter
 def test_compile_inductor():

@@ -309,7 +309,7 @@ def test_same_bits_for_any_thread_count_and_batch(last):
     threads = torch.get_num_threads()
     results = []
     try:
-        for n in (1, 2, 3, 13):
+        for n in (1,) if INTERPRETED else (1, 2, 3, 13):
             torch.set_num_threads(n)
             out = []
             for kind, (ours, _) in KINDS.items():
@@ -410,10 +410,6 @@ def compiled_matches(backend):
             torch.testing.assert_close(a_stats, b_stats)
             for p, q in zip(gradients(a, tensors, g), gradients(b, tensors, g)):
                 torch.testing.assert_close(p, q, rtol=2e-4, atol=2e-4)
-
-
-def test_compile():
-    compiled_matches("aot_eager")
 
 
 @pytest.mark.inductor

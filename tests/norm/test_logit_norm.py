@@ -428,10 +428,6 @@ def compiled_matches(backend):
         torch.testing.assert_close(torch.autograd.grad(got, x), torch.autograd.grad(want, x))
 
 
-def test_compile_aot_eager():
-    compiled_matches("aot_eager")
-
-
 @pytest.mark.inductor
 @pytest.mark.no_interpreter
 def test_compile_inductor():

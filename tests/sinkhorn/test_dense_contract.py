@@ -55,10 +55,6 @@ def compiled_matches(backend):
         )
 
 
-def test_compile_aot_eager():
-    compiled_matches("aot_eager")
-
-
 @pytest.mark.inductor
 @pytest.mark.no_interpreter
 def test_compile_inductor():

@@ -285,10 +285,6 @@ def compiled_matches(backend):
     torch.testing.assert_close(a.float(), p / 2, rtol=1e-2, atol=1e-3)
 
 
-def test_compile():
-    compiled_matches("aot_eager")
-
-
 @pytest.mark.inductor
 @pytest.mark.no_interpreter
 def test_inductor():

@@ -371,10 +371,6 @@ def compiled_matches(backend):
     torch.testing.assert_close(out, 0.5 * a + 0.25 * b)
 
 
-def test_compile():
-    compiled_matches("aot_eager")
-
-
 @pytest.mark.inductor
 @pytest.mark.no_interpreter
 def test_inductor():

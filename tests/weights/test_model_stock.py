@@ -162,10 +162,6 @@ def compiled_matches(backend):
             torch.testing.assert_close(compiled(*args), plain)
 
 
-def test_compile():
-    compiled_matches("aot_eager")
-
-
 @pytest.mark.inductor
 @pytest.mark.no_interpreter
 def test_inductor():

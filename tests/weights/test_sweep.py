@@ -253,10 +253,6 @@ def compiled_matches(backend):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
 
 
-def test_compile():
-    compiled_matches("aot_eager")
-
-
 @pytest.mark.inductor
 @pytest.mark.no_interpreter
 def test_inductor():
