@@ -146,6 +146,28 @@ def test_both_layouts_of_a_weight_agree():
         torch.testing.assert_close(a.mT if a.dim() == 3 else a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.no_interpreter
+@pytest.mark.parametrize("out_first", [False, True])
+@pytest.mark.parametrize("batch", [1, 3, 13, 270])
+def test_blocks_of_registers_and_what_is_left_of_them(batch, out_first):
+    """Widths around every number of vectors, with each of what a product does to its result."""
+    for widths in ((1, 15, 16, 17), (31, 32, 33, 47), (48, 49, 63, 1), (64, 65, 100, 129)):
+        tensors = make(batch, 2, widths, torch.float32)
+        layers = pairs(tensors)
+        if out_first:
+            layers = {
+                f"{i}.{name}": t
+                for i, (w, b) in enumerate(layers)
+                for name, t in (("weight", w.mT.contiguous()), ("bias", b))
+            }
+        y = ensemble_mlp(tensors[0], layers, activation="relu")
+        dy = randn(*y.shape)
+        got = y, *torch.autograd.grad(y, tensors, dy)
+        want = whole(eager, double(*tensors), "relu", None, dy=dy.double())
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
+
+
 def test_float32_parameters_with_half_input():
     tensors = make(9, 3, (20, 11, 4), torch.float32)
     x = randn(9, 20, dtype=torch.bfloat16, grad=True)
@@ -233,7 +255,10 @@ def test_same_bits_for_any_thread_count(case, reduce):
 
 @pytest.mark.no_interpreter
 @pytest.mark.skipif(DEVICE != "cpu", reason="the switches are the CPU kernels'")
-@pytest.mark.parametrize("name, value", [("SOLERA_GEMM", "native"), ("SOLERA_FIXED_TILES", "1")])
+@pytest.mark.parametrize(
+    "name, value",
+    [("SOLERA_GEMM", "native"), ("SOLERA_GEMM", "library"), ("SOLERA_FIXED_TILES", "1")],
+)
 def test_environment_switches(monkeypatch, name, value):
     monkeypatch.setenv(name, value)
     for case in ((3, 4, (5, 7, 3)), (600, 2, (20, 17, 4))):

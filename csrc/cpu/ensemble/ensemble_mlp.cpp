@@ -13,6 +13,7 @@
 //
 // Sums over the batch run tile by tile and piece by piece, over members group by group, all fixed
 // by the shapes, never by the threads.
+#include "float_product.h"
 #include "mlp_rows.h"
 
 namespace solera {
@@ -41,8 +42,10 @@ namespace {
 using Tensors = std::vector<Tensor>;
 
 constexpr int64_t kMlpRows = 512, kMlpTile = int64_t(1) << 16;  // rows and elements of a tile, most
-constexpr int64_t kMlpTasks = 32;   // pieces of work there should be, whatever the machine
-constexpr int64_t kMlpGroups = 16;  // of members, where a sum runs over them
+constexpr int64_t kMlpFloatRows = 256;  // of products in registers: two tiles' rows lie in cache
+constexpr int64_t kMlpTasks = 32;       // pieces of work there should be, whatever the machine
+constexpr int64_t kMlpGroups = 16;      // of members, where a sum runs over them
+constexpr int64_t kMlpSmall = int64_t(1) << 16;  // elements of W, most, for a FloatTable's product
 
 // One call's shapes: layer l maps widths[l] features to widths[l + 1].
 struct MlpPlan {
@@ -52,6 +55,8 @@ struct MlpPlan {
   std::vector<int64_t> widths, activations;
   // Products in registers, which take any width and either layout of W.
   bool shared, out_first, registers;
+  // The same of float32 tiles; null where the library multiplies.
+  const FloatTable* floats = nullptr;
   Tensors weights;
   std::vector<double> combine;  // of each member; empty if members are not combined
 
@@ -91,11 +96,15 @@ struct MlpPlan {
     for (const Tensor& w : weights_in) {
       weights.push_back(as(w, e.tile));
       widths.push_back(w.size(out_first ? 1 : 2));
-      const int64_t step = product_width(int64_t(weights.size()) - 1);
+      const int64_t step = e.columns(widths.back());
       if (step > widest) widest = step;
     }
+    bool small = e.tile == ScalarType::Float && !asked_for_product("library");
+    for (int64_t l = 0; l < layers; ++l) small = small && widths[l] * widths[l + 1] <= kMlpSmall;
+    if (small && pick_float_table().multiply) floats = &pick_float_table();
     const int64_t fit = kMlpTile / (widest > 0 ? widest : 1);
-    rows = fit >= kMlpRows ? kMlpRows : fit < 64 ? 64 : fit / kRowQuantum * kRowQuantum;
+    const int64_t most = floats ? kMlpFloatRows : kMlpRows;
+    rows = fit >= most ? most : fit < 64 ? 64 : fit / kRowQuantum * kRowQuantum;
     if (rows > items) rows = items > 0 ? round_up(items, kRowQuantum) : kRowQuantum;
     if (e.fixed) rows = e.max_rows;
     tiles = ceil_div(items, rows);
@@ -116,6 +125,7 @@ struct MlpPlan {
   bool splits(int64_t layer) const {
     return registers && layer < last() && activations[layer] < 2 && activations[layer + 1] == 1;
   }
+  int64_t padded(int64_t count) const { return floats ? count : e.padded(count); }
   int64_t scratch_size() const { return e.padded(rows) * widest; }
   double weight_of(int64_t k) const { return combine.empty() ? 1.0 : combine[size_t(k)]; }
 
@@ -124,12 +134,12 @@ struct MlpPlan {
     return e.at(const_cast<void*>(weights[layer].const_data_ptr()), k * n);
   }
   int64_t product_width(int64_t layer) const {
-    return registers ? widths[layer + 1] : e.columns(widths[layer + 1]);
+    return registers || floats ? widths[layer + 1] : e.columns(widths[layer + 1]);
   }
   bool widens(int64_t layer) const { return product_width(layer) != widths[layer + 1]; }
   // Rows from which a product with a transposed copy of W is faster by more than the copy; its bits
   // are the same.
-  bool turns() const { return out_first && rows >= 64 && !e.fixed; }
+  bool turns() const { return out_first && (floats || (rows >= 64 && !e.fixed)); }
   bool copies(int64_t layer) const { return !registers && (turns() || widens(layer)); }
   int64_t copies_size() const {
     int64_t n = 0;
@@ -142,7 +152,9 @@ struct MlpPlan {
     for (int64_t l = 0; l < layers; ++l) {
       if (!copies(l)) continue;
       const int64_t in = widths[l], out = widths[l + 1], step = product_width(l);
-      if (out_first && step == out)
+      if (floats)
+        floats->transpose((const float*)matrix(l, k), in, out, in, (float*)to, out);
+      else if (out_first && step == out)
         e.run.transpose(matrix(l, k), to, out, in, 0, ceil_div(out, 16));
       else
         run.widen(matrix(l, k), to, in, out, step, out_first);
@@ -165,6 +177,14 @@ struct MlpPlan {
     if (e.stored_as_tile && count == padded) return {from, count, in, step, 1};
     run.gather(from, step, scratch, count, padded, in, 1.0);
     return {scratch, padded, in, in, 1};
+  }
+  // By `floats`.
+  void multiply(const Matrix& a, const Matrix& b, const FloatResult& out,
+                const FloatAhead& ahead = {}) const {
+    const auto of = [](const Matrix& m) {
+      return FloatMatrix{(const float*)m.data, m.rows, m.columns, m.row_step, m.column_step};
+    };
+    floats->multiply(of(a), of(b), out, ahead);
   }
 };
 
@@ -194,7 +214,7 @@ std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weigh
     for (int64_t t = first; t < end; ++t) {
       const int64_t group = t / n.tiles, begin = t % n.tiles * n.rows;
       const int64_t count = begin + n.rows < n.items ? n.rows : n.items - begin;
-      const int64_t padded = e.padded(count), from = group * of_group;
+      const int64_t padded = n.padded(count), from = group * of_group;
       void* sum = e.at_real(parts.mutable_data_ptr(), (group * n.items + begin) * n.out());
       if (from >= n.members) std::memset(sum, 0, size_t(count * n.out() * e.real_size));
       for (int64_t k = from; k < from + of_group && k < n.members; ++k) {
@@ -203,6 +223,11 @@ std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weigh
         if (ready != k) n.copy(k, copies.mutable_data_ptr());
         ready = k;
         void* w = copies.mutable_data_ptr();
+        char* const result =
+            static_cast<char*>(y.mutable_data_ptr()) + (begin * n.members + k) * n.out() * e.size;
+        // Results in the tile's type are multiplied and finished where they belong.
+        const bool ends = n.floats && !sums && e.stored_as_tile && n.activations[n.last()] < 2 &&
+                          !(save && n.keeps(n.last()));
         for (int64_t l = 0; l < n.layers; ++l) {
           const int64_t width = n.widths[l + 1], row = k * n.items + begin;
           const int64_t in = n.widths[l], step = n.product_width(l);
@@ -215,28 +240,32 @@ std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weigh
           // What is kept is what the next layer reads: multiplied and finished where it stays.
           const bool stays = keep && l < n.last() && e.stored_as_tile && n.activations[l] < 2 &&
                              count == padded && step == width;
-          void* to = stays ? keep : next;
+          const bool at_end = ends && l == n.last();
+          void* to = stays ? keep : at_end ? result : next;
           const Matrix right = n.copies(l) ? Matrix{w, in, step, step, 1} : n.right(l, k, false);
           if (n.copies(l)) w = e.at(w, in * step);
           const int activation = int(n.activations[l]);
           void* rest =
               n.splits(l) ? e.at(rests.mutable_data_ptr(), l % 2 * n.scratch_size()) : nullptr;
-          const bool done = n.registers && e.product_with_bias({to, step}, left, right, bias,
-                                                               activation == 1, rest);
-          if (!done) e.product({to, step}, left, right);
+          const bool done =
+              n.floats || (n.registers && e.product_with_bias({to, step}, left, right, bias,
+                                                              activation == 1, rest));
+          if (n.floats)
+            n.multiply(left, right,
+                       {(float*)to, at_end ? n.members * width : width, false, (const float*)bias,
+                        activation == 1, nullptr, nullptr});
+          else if (!done)
+            e.product({to, step}, left, right);
           if (!done || activation > 1 || (keep && !stays))
             n.run.finish(to, step, done ? nullptr : bias, stays ? nullptr : keep, count, width,
                          activation);
           left = {to, padded, width, width, 1, done ? rest : nullptr};
-          if (!stays) std::swap(here, next);
+          if (to == next) std::swap(here, next);
         }
         if (sums)
           n.run.blend(here, sum, count * n.out(), n.weight_of(k), k == from);
-        else
-          n.run.scatter(
-              here,
-              static_cast<char*>(y.mutable_data_ptr()) + (begin * n.members + k) * n.out() * e.size,
-              n.members * n.out(), count, n.out());
+        else if (!ends)
+          n.run.scatter(here, result, n.members * n.out(), count, n.out());
       }
     }
   });
@@ -273,24 +302,40 @@ struct MlpBackward {
   const void* saved_rows(int64_t l, int64_t row) const {
     return n.e.at_stored(saved[l].const_data_ptr(), row * n.widths[l + 1]);
   }
+  // What the tile that follows `row` kept of a layer.
+  FloatAhead following(int64_t l, int64_t row) const {
+    const int64_t end = n.items * n.members, begin = row + n.rows < end ? row + n.rows : end;
+    const int64_t stop = begin + n.rows < end ? begin + n.rows : end;
+    if (!n.keeps(l)) return {};
+    return {saved_rows(l, begin), saved_rows(l, stop)};
+  }
 
-  // One tile of member k, from dy down to x. `tile` tells the first of a sum over tiles.
+  void* bias_sums(int64_t l, int64_t k, int64_t piece, bool first) const {
+    if (!need_parameters) return nullptr;
+    void* row = n.e.at_real(db[l].mutable_data_ptr(), (piece * n.members + k) * n.widths[l + 1]);
+    if (first) std::memset(row, 0, size_t(n.widths[l + 1] * n.e.real_size));
+    return row;
+  }
+  // Whether a product in registers can multiply its result by the derivative of a layer's
+  // activation.
+  bool gates(int64_t l) const {
+    return n.floats && n.activations[l] < 2 && (n.activations[l] == 0 || n.e.stored_as_tile);
+  }
+
+  // One tile of member k, from dy down to x. `first` tells the first of a sum over tiles.
   void step(int64_t k, int64_t begin, int64_t piece, bool first, void* here, void* next,
             void* input, void* part) const {
     const Engine& e = n.e;
     const int64_t count = begin + n.rows < n.items ? n.rows : n.items - begin;
-    const int64_t padded = e.padded(count), row = k * n.items + begin, out = n.out();
+    const int64_t padded = n.padded(count), row = k * n.items + begin, out = n.out();
     const bool sums = !n.combine.empty();
     n.run.gather(e.at_stored(dy.const_data_ptr(), (sums ? begin : begin * n.members + k) * out),
                  sums ? out : n.members * out, here, count, padded, out, n.weight_of(k));
     for (int64_t l = n.last(); l >= 0; --l) {
       const int64_t in = n.widths[l], width = n.widths[l + 1], numel = in * width;
-      void* db_row = need_parameters
-                         ? e.at_real(db[l].mutable_data_ptr(), (piece * n.members + k) * width)
-                         : nullptr;
-      if (db_row && first) std::memset(db_row, 0, size_t(width * e.real_size));
-      n.run.delta(here, n.keeps(l) ? saved_rows(l, row) : nullptr, db_row, count, width,
-                  int(n.activations[l]));
+      if (l == n.last() || !gates(l))
+        n.run.delta(here, n.keeps(l) ? saved_rows(l, row) : nullptr, bias_sums(l, k, piece, first),
+                    count, width, int(n.activations[l]));
       if (need_parameters) {
         Matrix h;
         if (l == 0) {
@@ -304,9 +349,14 @@ struct MlpBackward {
         const Matrix h_turned{h.data, in, count, 1, h.row_step};
         void* to = e.at_real(dw[l].mutable_data_ptr(), (piece * n.members + k) * numel);
         const Matrix delta{here, count, width, width, 1}, turned{here, width, count, 1, width};
-        const bool direct = first && e.tile == e.real;
+        const bool direct = (first || n.floats) && e.tile == e.real;
         void* product = direct ? to : part;
-        if (e.tile != e.real)
+        if (n.floats)
+          n.multiply(
+              n.out_first ? turned : h_turned, n.out_first ? h : delta,
+              {(float*)to, n.out_first ? in : width, !first, nullptr, false, nullptr, nullptr},
+              following(l, row));
+        else if (e.tile != e.real)
           e.accumulate(to, n.out_first ? turned : h_turned, n.out_first ? h : delta, first, part);
         else if (n.out_first)
           e.product({product, in}, turned, h);
@@ -315,7 +365,18 @@ struct MlpBackward {
         if (!direct && e.tile == e.real) n.run.blend(product, to, numel, 1.0, first);
       }
       if (l == 0 && !need_x) return;
-      e.product({next, in}, {here, padded, width, width, 1}, n.right(l, k, true));
+      const Matrix delta{here, padded, width, width, 1}, w = n.right(l, k, true);
+      if (!n.floats) {
+        e.product({next, in}, delta, w);
+      } else {
+        if (!n.out_first)
+          n.floats->transpose((const float*)w.data, width, in, width, (float*)part, in);
+        const bool gated = l > 0 && gates(l - 1), relu = gated && n.activations[l - 1] == 1;
+        n.multiply(delta, n.out_first ? w : Matrix{part, width, in, in, 1},
+                   {(float*)next, in, false, nullptr, false,
+                    relu ? (const float*)saved_rows(l - 1, row) : nullptr,
+                    gated ? (float*)bias_sums(l - 1, k, piece, first) : nullptr});
+      }
       std::swap(here, next);
     }
     const int64_t in = n.widths[0];
@@ -362,7 +423,7 @@ std::tuple<Tensor, Tensors, Tensors> ensemble_mlp_backward(const Tensor& dy_in, 
     if (n.widths[l] * n.widths[l + 1] > largest) largest = n.widths[l] * n.widths[l + 1];
   if (n.items > 0)
     parallel_for(0, groups * pieces, 1, [&](int64_t begin, int64_t end) {
-      Tensor scratch = e.scratch(x, 3 * n.scratch_size() + (need_parameters ? largest : 0));
+      Tensor scratch = e.scratch(x, 3 * n.scratch_size() + largest);
       void* at[4];
       for (int64_t i = 0; i < 4; ++i)
         at[i] = e.at(scratch.mutable_data_ptr(), i * n.scratch_size());
