@@ -304,6 +304,7 @@ BAD = [
     (lambda: windowed_ema(A, 0.5, 1, newest=3), ValueError, "newest"),
     (lambda: windowed_ema(A, 0.5, 1, rule="x"), ValueError, "rule"),
     (lambda: windowed_ema([A, torch.ones(4)], 0.5, 2), ValueError, r"ring\[0\]: expected shape"),
+    (lambda: task_arithmetic(A, None, [1.0]), TypeError, "tuned: expected a list, got NoneType"),
     (lambda: task_arithmetic(A, [], []), ValueError, "tuned: expected at least one"),
     (lambda: task_arithmetic(A, [torch.ones(4)], [1.0]), ValueError, r"base: expected shape \(4,\)"),
     (lambda: task_arithmetic(A, [B], [1.0, 2.0]), ValueError, "weights: expected shape"),

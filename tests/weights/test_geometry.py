@@ -389,6 +389,10 @@ def test_bad_input():
         (lambda: karcher_mean([]), ValueError, "tensors: expected at least one model"),
         (lambda: model_stock(a, [b]), ValueError, "tensors: expected at least two models, got 1"),
         (lambda: model_stock(a, b), TypeError, "tensors: expected a list of K"),
+        (lambda: model_stock(None, [a, b]), TypeError, "base: expected a tensor"),
+        (lambda: principal_aggregate([], 0.5), ValueError, "deltas: expected at least one"),
+        (lambda: principal_aggregate([a, a[:2]], 1), ValueError, r"deltas\[1\]: expected shape .*deltas\[0\]"),
+        (lambda: softmax_margin_ce(a[None], torch.zeros_like(a[:1]).long(), "x"), TypeError, "weight: expected"),
         (lambda: principal_aggregate([a, b], 2.0), ValueError, "ratio: expected"),
         (lambda: softmax_margin_ce(a, b, 1.0), ValueError, "logits: expected 2 dimensions"),
     ):  # fmt: skip

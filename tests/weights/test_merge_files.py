@@ -226,6 +226,20 @@ def test_a_name_tied_in_the_reference_only_is_written_apart(tmp_path):
     torch.testing.assert_close(load(out)["embed"], (full["embed"] + tied["embed"]) / 2)
 
 
+def test_a_tie_to_a_tensor_that_the_index_leaves_out_is_none(tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    tensors = {"embed": torch.randn(4, 3), "w": torch.randn(3)}
+    write_file(folder / "model-1.safetensors", tensors, {"head": "embed"})
+    index = {"weight_map": {"w": "model-1.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    full = {"head": torch.randn(4, 3), "w": torch.randn(3)}
+    write_file(tmp_path / "full.safetensors", full, {})
+    inputs = [folder, tmp_path / "full.safetensors"]
+    with pytest.raises(ValueError, match="has besides 'head'"):
+        merge_files(inputs, tmp_path / "out", Linear())
+
+
 def test_tied_tensors_of_pickles_stay_equal_under_random_masks(tmp_path):
     paths = [tmp_path / "a.pt", tmp_path / "base.pt"]
     for path in paths:

@@ -421,6 +421,7 @@ def _untied(models: Sequence[Checkpoint], like: Checkpoint) -> list[str]:
         gone
         for gone, kept in like.tied.items()
         if gone not in like.tensors
+        and kept in like.tensors
         and any(gone in model.tensors and model.tied.get(gone) != kept for model in models)
     ]
 

@@ -326,6 +326,9 @@ def task_arithmetic(
     adapter added, both partially) and "RE-AdaptIR: Improving Information Retrieval through Reverse Engineered
     Adaptation", 2024.
     """
+    for name, value in (("tuned", tuned), ("adapters", adapters)):
+        if not isinstance(value, Sequence | Tensor) or isinstance(value, str):
+            raise TypeError(f"{name}: expected a list, got {type(value).__name__}")
     count, extra = len(tuned), len(adapters)
     if not count and not extra:
         raise ValueError("tuned: expected at least one model or adapter, got none")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,7 +44,11 @@ def principal_aggregate(deltas: Sequence[Weights], ratio: float) -> Any:
     """
     ratio = _check.number("ratio", ratio, low=0, high=1)
     with torch.no_grad():
-        span = Span(deltas, None, None)
+        try:
+            span = Span(deltas, None, None)
+        except (TypeError, ValueError) as error:
+            text = re.sub(r"\btensors(?=\[|:)", "deltas", str(error))
+            raise type(error)(text) from None
         count = len(deltas)
         kept = int(count * ratio)
         if kept < 1:
@@ -84,6 +89,7 @@ def softmax_margin_ce(logits: Tensor, target: Tensor, weight: float) -> Tensor:
             f"target: expected shape ({logits.shape[0]},) to go with logits of shape "
             f"{tuple(logits.shape)}, got {tuple(target.shape)}"
         )
+    weight = _check.number("weight", weight)
     wide = torch.promote_types(logits.dtype, torch.float32)
     log_p = logits.log_softmax(1, dtype=wide)
     loss = F.nll_loss(log_p, target) + weight * (2 * log_p).exp().sum().log1p()

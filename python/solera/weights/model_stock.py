@@ -98,6 +98,8 @@ def model_stock(
     Source: Jang, Yun, Han, "Model Stock: All we need is just a few fine-tuned models", 2024; the mean over pairs as
     mergekit takes it.
     """
+    if base is None:
+        raise TypeError("base: expected a tensor, a list of tensors or a state dict, got None")
     if isinstance(tensors, Sequence) and len(tensors) < 2:
         raise ValueError(f"tensors: expected at least two models, got {len(tensors)}")
     span = Span(tensors, base, dim, stock=True)
