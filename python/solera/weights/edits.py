@@ -100,7 +100,8 @@ def low_rank_edit_(
             + (", and a positive definite covariance" if covariance is not None else "")
         )
     a = torch.linalg.solve_ex(gram, whitened.mT).result
-    a = torch.where(a.isfinite().all(), a, 0)  # no edit rather than a weight of NaN
+    sound = a.isfinite().all() & k.isfinite().all()  # else no edit, rather than a weight of NaN
+    a, k = torch.where(sound, a, 0), torch.where(sound, k, 0)
     acc = accumulate_type(weight)
     update_([weight], [a.to(acc)], [values.to(acc)], [k.mT.to(acc).contiguous()])
     return weight
