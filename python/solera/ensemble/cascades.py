@@ -129,7 +129,11 @@ class Cascade(nn.Module):
             if rows.numel() == 0:
                 break
             seen[stage] = rows.numel()
-            new = _members_logits(self.models[stage](x[rows]), self.combine)
+            new, name = self.models[stage](x[rows]), f"models[{stage}]'s output"
+            expected = (rows.numel(), held.shape[1])
+            _check.like(name, new, expected, held, "models[0]'s output")
+            _check.same_dtype(name, new, held, "models[0]'s output")
+            new = _members_logits(new, self.combine)
             held = self._merge(held, new, stage, rows)
             here = held[rows]
         spent = sum(n * c for n, c in zip(seen, self.costs))
