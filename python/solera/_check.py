@@ -76,6 +76,21 @@ def product_dtype(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> Non
         raise TypeError(f"{name}: expected {x.dtype} (that of {x_name}), got {value.dtype}")
 
 
+def same_device(name: str, value: Tensor, x: Tensor, x_name: str = "x") -> None:
+    """value lies on x's device."""
+    if value.device != x.device:
+        raise ValueError(
+            f"{name}: expected device {x.device} (that of {x_name}), got {value.device}"
+        )
+
+
+def count(name: str, value: object, low: int = 1) -> int:
+    """A Python int of at least `low`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name}: expected an int, at least {low}, got {value!r}")
+    return value
+
+
 def number(name: str, value: object, *, low: float = -math.inf, high: float = math.inf) -> float:
     """A finite Python number in [low, high]."""
     try:

@@ -166,6 +166,8 @@ BAD = [
     (lambda: fit_windows(randn(3, 5, 4), [0.2, 0.5]), ValueError, "fractions: expected shares that do"),
     (lambda: fit_windows(L, [0.5], coverage=2), ValueError, "coverage: expected a finite"),
     (lambda: fit_windows(L[:, :0], [0.5]), ValueError, "logits: expected at least one row"),
+    (lambda: Cascade([torch.sin, lambda x: x[:, :2]], [(0, 1)])(L[0]), ValueError, "models.1.'s output: exp"),
+    (lambda: Cascade([torch.sin, lambda x: x.half()], [(0, 1)])(L[0]), TypeError, "models.1.'s output: exp"),
 ]  # fmt: skip
 
 

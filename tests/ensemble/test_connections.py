@@ -407,6 +407,11 @@ def test_module_is_the_papers_layer():
         with torch.autocast(DEVICE, dtype=torch.bfloat16):  # the branch returns bfloat16
             mixed = wrapped(streams)
         torch.testing.assert_close(mixed, wrapped(streams), rtol=5e-2, atol=5e-2)
+    with pytest.raises(ValueError, match="residuals: expected 8 features"):
+        solera.nn.HyperConnections(4, dim=8)(torch.ones(8, 7))
+    narrow = solera.nn.HyperConnections(4, dim=8, branch=torch.nn.Linear(8, 7))
+    with pytest.raises(ValueError, match="the branch's output: expected shape"):
+        narrow(torch.ones(8, 8))
     with pytest.raises(ValueError, match="residuals: expected a batch"):
         layer(randn(3, 5, 16))
 

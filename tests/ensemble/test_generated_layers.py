@@ -160,6 +160,12 @@ def test_boosted_networks_against_the_papers_formula(activation):
 # ---- convolutions ------------------------------------------------------------------------------------
 
 
+def test_convolutions_want_members():
+    for kind in (nn.EnsembleConv2d, nn.BatchEnsembleConv2d):
+        with pytest.raises(ValueError, match="k: expected a positive integer"):
+            kind(3, 4, 3, k=0)
+
+
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("shared", [True, False])
 def test_convolutions_of_members(shared, groups):

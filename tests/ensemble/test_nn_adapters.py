@@ -45,3 +45,5 @@ def test_copies_checkpoints_and_construction():
     assert MultiLoRALinear(6, 5, 3, 2, train_base=True).weight.requires_grad
     with pytest.raises(ValueError, match="num_adapters: expected at least one adapter"):
         MultiLoRALinear(6, 5, 0, 2)
+    with pytest.raises(ValueError, match="x: expected 6 features"):
+        layer(randn(4, 7), index)

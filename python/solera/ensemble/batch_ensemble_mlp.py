@@ -308,6 +308,8 @@ def tabm_mlp(
             codes[index] |= HAS_BIAS
         parameters += [t for t in (weight, r, s, bias) if t is not None]
         width = out
+    if head is not None and (not isinstance(head, (list, tuple)) or len(head) != 2):
+        raise TypeError(f"head: expected a pair (weight, bias), got {type(head).__name__}")
     if not (training and p > 0):
         p, seed = 0.0, None
     elif seed is None:

@@ -107,4 +107,7 @@ def pseudo_residuals(logits: Tensor, target: Tensor) -> Tensor:
     _check.tensor("logits", logits, dim=2)
     if not isinstance(target, Tensor) or target.shape != logits.shape[:1]:
         raise ValueError(f"target: expected class numbers of shape {tuple(logits.shape[:1])}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target: expected int64 class numbers, got {target.dtype}")
+    _check.same_device("target", target, logits, "logits")
     return F.one_hot(target, logits.shape[1]).to(logits.dtype) - logits.softmax(1)

@@ -129,7 +129,11 @@ class Cascade(nn.Module):
             if rows.numel() == 0:
                 break
             seen[stage] = rows.numel()
-            new = _members_logits(self.models[stage](x[rows]), self.combine)
+            new, name = self.models[stage](x[rows]), f"models[{stage}]'s output"
+            expected = (rows.numel(), held.shape[1])
+            _check.like(name, new, expected, held, "models[0]'s output")
+            _check.same_dtype(name, new, held, "models[0]'s output")
+            new = _members_logits(new, self.combine)
             held = self._merge(held, new, stage, rows)
             here = held[rows]
         spent = sum(n * c for n, c in zip(seen, self.costs))
@@ -151,6 +155,8 @@ class _Call(nn.Module):
 
 def _stages(logits: Sequence[Tensor] | Tensor, combine: str) -> list[Tensor]:
     """The running ensemble's logits after each member but the last."""
+    if not isinstance(logits, (Tensor, list, tuple)):
+        raise TypeError(f"logits: expected (K, N, C) or K tensors, got {type(logits).__name__}")
     members = list(logits.unbind(0)) if isinstance(logits, Tensor) else list(logits)
     if len(members) < 2:
         raise ValueError(f"logits: expected at least 2 members, got {len(members)}")
@@ -160,6 +166,8 @@ def _stages(logits: Sequence[Tensor] | Tensor, combine: str) -> list[Tensor]:
             raise ValueError(
                 f"logits[{i}]: expected shape {tuple(members[0].shape)}, got {tuple(member.shape)}"
             )
+    if members[0].is_meta:
+        raise ValueError("logits: expected values to fit the windows to, got tensors without data")
     stacked = torch.stack(members[:-1]).double()
     count = torch.arange(1, len(members), device=stacked.device, dtype=torch.float64)
     if combine == "logit":
@@ -202,6 +210,8 @@ def fit_windows(
     _check.choice("kind", kind, KINDS)
     _check.choice("combine", combine, COMBINE)
     stages = _stages(logits, combine)
+    if not isinstance(fractions, (list, tuple)):
+        raise TypeError(f"fractions: expected a list of shares, got {type(fractions).__name__}")
     if len(fractions) != len(stages):
         raise ValueError(f"fractions: expected {len(stages)} shares, got {len(fractions)}")
     shares = [_check.number("fractions", f, low=0.0, high=1.0) for f in fractions]

@@ -133,6 +133,7 @@ def posterior_update(log_posterior: Tensor, token_log_prob: Tensor) -> Tensor:
             f"token_log_prob: expected shape {tuple(log_posterior.shape)}, "
             f"got {tuple(token_log_prob.shape)}"
         )
+    _check.same_device("token_log_prob", token_log_prob, log_posterior, "log_posterior")
     return (log_posterior + token_log_prob).log_softmax(0)
 
 

@@ -102,6 +102,7 @@ def threshold_gate(
             f"tau_logit: expected shape {(*logits.shape[:-1], 1)} to go with logits of shape "
             f"{tuple(logits.shape)}, got {tuple(tau_logit.shape)}"
         )
+    _check.same_device("tau_logit", tau_logit, logits, "logits")
     top = 1 / logits.shape[-1] if tau_max is None else _check.number("tau_max", tau_max, low=0.0)
     acc = accumulate_type(logits)
     over = logits.to(acc).softmax(-1) - top * torch.sigmoid(tau_logit.to(acc))
@@ -183,6 +184,7 @@ def load_balance_loss(probabilities: Tensor, index: Tensor) -> Tensor:
         raise ValueError(
             f"index: expected shape {tuple(p.shape[:-1])} and k, got {tuple(index.shape)}"
         )
+    _check.same_device("index", index, p, "probabilities")
     acc = accumulate_type(p)
     mean = p.to(acc).reshape(-1, p.shape[-1]).mean(0)
     return p.shape[-1] * (_load(index, p.shape[-1], acc) * mean).sum()
@@ -264,5 +266,6 @@ def multi_hot_router_loss(logits: Tensor, expert_prediction: Tensor, target: Ten
                 f"{name}: expected shape {tuple(shape)} to go with logits of shape "
                 f"{tuple(logits.shape)}, got {tuple(value.shape)}"
             )
+        _check.same_device(name, value, logits, "logits")
     right = (expert_prediction == target.unsqueeze(1)).to(accumulate_type(logits))
     return F.binary_cross_entropy_with_logits(logits.to(right.dtype), right)

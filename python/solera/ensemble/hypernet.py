@@ -31,7 +31,7 @@ def hypernet_linear(x: Tensor, theta: Tensor, out_features: int, *, bias: bool =
     _check.tensor("x", x, dim=3)
     _check.tensor("theta", theta, dim=2)
     tasks, _, inputs = x.shape
-    size = out_features * inputs
+    size = _check.count("out_features", out_features) * inputs
     _check.like("theta", theta, (tasks, size + (out_features if bias else 0)), x)
     theta = theta.to(x.dtype)
     weight = theta[:, :size].unflatten(1, (out_features, inputs)).mT

@@ -75,7 +75,8 @@ def kv_bottleneck(x: Tensor, keys: Tensor, values: Tensor, topk: int = 1) -> tup
     """
     index = nearest_keys(x, keys, topk)
     _check.tensor("values", values, dim=3)
-    _check.like("values", values, (*keys.shape[:2], values.shape[2]), values)
+    _check.like("values", values, (*keys.shape[:2], values.shape[2]), values, "keys")
+    _check.same_device("values", values, x)
     at = index.flatten(1).unsqueeze(2).expand(-1, -1, values.shape[2])
     picked = values.gather(1, at)
     if topk > 1:
@@ -117,11 +118,12 @@ def vq_ema_update_(
     _check.tensor("x", x, dim=3)
     _check.like("key_sum", key_sum, tuple(keys.shape), keys, "keys")
     _check.like("size", size, tuple(keys.shape[:2]), keys, "keys")
-    _check.like("x", x, (keys.shape[0], x.shape[1], keys.shape[2]), x)
+    _check.like("x", x, (keys.shape[0], x.shape[1], keys.shape[2]), keys, "keys")
     decay = _check.number("decay", decay, low=0.0, high=1.0)
     eps = _check.number("eps", eps, low=0.0)
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         raise TypeError("index: expected a tensor of int64 or int32")
+    _check.same_device("index", index, keys, "keys")
     rows = index.squeeze(2) if index.dim() == 3 and index.shape[2] == 1 else index
     if rows.shape != x.shape[:2]:
         raise ValueError(f"index: expected shape {tuple(x.shape[:2])}, got {tuple(index.shape)}")

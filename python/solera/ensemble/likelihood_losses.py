@@ -189,8 +189,11 @@ def l2_momentum_step_(
 
     Source: Chen et al., "Rethinking Model Ensemble in Transfer-based Adversarial Attacks", 2023.
     """
+    x = _check.tensor("x", x, min_dim=1)
     for name, t in (("grad", grad), ("momentum", momentum), ("origin", origin)):
-        _check.like(name, t, tuple(x.shape), _check.tensor("x", x, min_dim=1))
+        _check.like(name, t, tuple(x.shape), x)
+    decay, step_size = _check.number("decay", decay), _check.number("step_size", step_size)
+    radius = _check.number("radius", radius, low=0.0)
     flat = grad.flatten(1)
     norm = torch.linalg.vector_norm(flat, dim=1).reshape(-1, *[1] * (x.dim() - 1))
     momentum.mul_(decay).add_(torch.where(norm > 0, grad / torch.where(norm > 0, norm, 1.0), 0.0))

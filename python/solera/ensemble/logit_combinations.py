@@ -159,6 +159,8 @@ def knn_mix_log_probs(
             f"distances: expected ({logits.shape[0]}, k) to go with logits of shape "
             f"{tuple(logits.shape)}, got {shape}"
         )
+    _check.same_device("ids", ids, logits, "logits")
+    _check.same_device("distances", distances, logits, "logits")
     temperature = tau if temperature is None else temperature
     for name, positive in (("tau", tau), ("temperature", temperature)):
         if _check.number(name, positive, low=0.0) == 0.0:

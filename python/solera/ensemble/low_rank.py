@@ -300,6 +300,7 @@ def rank_one_shift(h: Tensor, w: Tensor, b: Tensor | float, v: Tensor) -> Tensor
     if isinstance(b, Tensor):
         if b.numel() != 1:
             raise ValueError(f"b: expected one element, got shape {tuple(b.shape)}")
+        _check.like("b", b, tuple(b.shape), h, "h")
         b = b.reshape(())
     else:
         b = _check.number("b", b)

@@ -188,7 +188,12 @@ def score_ensemble(
         w = torch.full((count,), 1 / count, dtype=acc, device=scores.device)
     else:
         if not isinstance(weights, Tensor):
-            weights = torch.tensor(list(weights), dtype=acc, device=scores.device)
+            if not isinstance(weights, (list, tuple)):
+                raise TypeError(
+                    f"weights: expected a list of numbers, got {type(weights).__name__}"
+                )
+            numbers = [_check.number("weights", w) for w in weights]
+            weights = torch.tensor(numbers, dtype=acc, device=scores.device)
         _check.like("weights", weights, (count,), scores, "scores")
         w = weights.to(acc)
     mask = _mask(mask, scores, "scores", tuple(scores.shape[1:]))

@@ -38,6 +38,8 @@ def mixing_gate(x: Tensor, weight: Tensor, epsilon: float = 0.0) -> Tensor:
     """
     _check.tensor("x", x, min_dim=1)
     _check.tensor("weight", weight, dim=2)
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight: expected at least one expert, got {tuple(weight.shape)}")
     _check.like("weight", weight, (weight.shape[0], x.shape[-1]), x)
     _check.product_dtype("weight", weight, x)
     epsilon = _check.number("epsilon", epsilon, low=0.0, high=1.0)
@@ -200,6 +202,7 @@ def indexed_mlp(
             _check.like(name, t, size, x)
     if not isinstance(index, Tensor) or index.dtype not in (torch.int64, torch.int32):
         raise TypeError("index: expected a tensor of int64 or int32")
+    _check.same_device("index", index, x)
     if index.shape != x.shape[:1]:
         raise ValueError(f"index: expected shape {tuple(x.shape[:1])}, got {tuple(index.shape)}")
     if activation is not None and not callable(activation):

@@ -231,6 +231,7 @@ def leaf_kernel_apply(query: Tensor, train: Tensor, y: Tensor, leaves: int) -> T
     trees = train.shape[1]
     _check_integers("query", query, (query.shape[0], trees), y)
     _check_integers("train", train, (y.shape[0], trees), y)
+    _check.count("leaves", leaves)
     train, query = train.int(), query.int()
     counts = _leaf_scatter(train, y.new_ones(y.shape[0], 1), leaves)
     means = _leaf_scatter(train, y, leaves) / counts.clamp(min=1)
@@ -252,6 +253,7 @@ def smoother_weights(query: Tensor, train: Tensor, leaves: int) -> Tensor:
     """
     if not isinstance(train, Tensor) or train.dim() != 2:
         raise ValueError(f"train: expected leaf numbers of shape (rows, trees), got {train!r}")
+    _check.count("leaves", leaves)
     count = train.shape[0]
     identity = torch.eye(count, device=train.device)
     return leaf_kernel_apply(query, train, identity, leaves)

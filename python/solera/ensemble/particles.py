@@ -247,8 +247,10 @@ def fkc_step(
     if not isinstance(betas, Tensor):
         try:
             betas = torch.tensor([float(b) for b in betas], dtype=torch.float64, device=x.device)
-        except TypeError:
+        except (TypeError, ValueError):
             raise TypeError(f"betas: expected numbers, got {type(betas).__name__}") from None
+    if betas.is_complex():
+        raise TypeError(f"betas: expected real numbers, got {betas.dtype}")
     if betas.shape != (count,) or count == 0:
         raise ValueError(
             f"betas: expected one number for each of {count} scores (at least one), got shape "

@@ -241,7 +241,8 @@ def select_descriptions(
             other = sums.sum(0) - sums
             others = sizes.sum() - sizes
         else:
-            indices("neighbours", neighbours, (classes, neighbours.shape[-1]), images)
+            wide = neighbours.shape[-1:] if isinstance(neighbours, Tensor) else (0,)
+            indices("neighbours", neighbours, (classes, *wide), images)
             beside = torch.zeros(classes, classes, dtype=acc, device=x.device)
             beside.scatter_(1, neighbours, 1.0).fill_diagonal_(0.0)
             other, others = beside @ sums, beside @ sizes

@@ -38,6 +38,10 @@ def cosine_logits(x: Tensor, prototypes: Tensor, scale: float | Tensor = 1.0) ->
     are All You Need", 2023 (class means of concatenated features as prototypes). Composition over `l2_normalize`;
     `norm.cosine_logits` is the same by a temperature, for rows that may have unit length already.
     """
+    if not isinstance(scale, Tensor):
+        scale = _check.number("scale", scale)
+    elif isinstance(x, Tensor):
+        _check.like("scale", scale, tuple(scale.shape), x)
     return scaled_cosines(x, prototypes, scale, "prototypes")
 
 

@@ -258,7 +258,8 @@ def cascade_merge_(
     Shapes: (B, ...), (n, ...), (n,) -> out. Differentiable in out and compact.
 
     Raises:
-        ValueError, TypeError: naming the argument that does not fit (an index past B: on the CPU).
+        ValueError, TypeError: naming the argument that does not fit.
+        RuntimeError: an index past B, on the CPU.
 
     Source: Xia, Bouganis, "Window-Based Early-Exit Cascades for Uncertainty Estimation", 2023.
     """

@@ -96,6 +96,11 @@ def pairwise_sigmoid_mean(z1: Tensor, z2: Tensor, a: float | Tensor, b: float | 
     _check.tensor("z1", z1, dim=3)
     _check.tensor("z2", z2, dim=3)
     _check.like("z2", z2, (z1.shape[0], z2.shape[1], z1.shape[2]), z1, "z1")
+    for name, value in (("a", a), ("b", b)):
+        if isinstance(value, Tensor):
+            _check.like(name, value, (), z1, "z1")
+        else:
+            _check.number(name, value)
     acc = accumulate_type(z1)
     distance = torch.cdist(z1.to(acc), z2.to(acc))
     return torch.sigmoid(b - a * distance).mean((1, 2)).to(z1.dtype)

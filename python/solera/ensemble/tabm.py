@@ -84,12 +84,13 @@ def member_mean_loss(
     batch, members = prediction.shape[:2]
     if not isinstance(target, Tensor):
         raise TypeError(f"target: expected a torch.Tensor, got {type(target).__name__}")
+    _check.same_device("target", target, prediction, "prediction")
     classes = loss == "cross_entropy"
     if classes and prediction.dim() == 2:
         raise ValueError(
             f"prediction: expected shape (B, K, C) with cross_entropy, got {tuple(prediction.shape)}"
         )
-    if classes and target.is_floating_point():
+    if classes and (target.is_floating_point() or target.is_complex()):
         raise TypeError(f"target: expected class numbers with cross_entropy, got {target.dtype}")
     single = (batch,) if classes else (batch, *prediction.shape[2:])
     each = (batch, members, *single[1:])

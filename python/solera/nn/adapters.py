@@ -67,6 +67,10 @@ class MultiLoRALinear(nn.Linear):
     def forward(
         self, x: Tensor, index: Tensor | None = None, gates: Tensor | None = None
     ) -> Tensor:
+        if isinstance(x, Tensor) and x.dim() and x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"x: expected {self.in_features} features in the last dimension, got {tuple(x.shape)}"
+            )
         scaling = self.lora_alpha / self.lora_a.shape[1]
         return multi_lora_linear(
             x, self.weight, self.lora_a, self.lora_b, index=index, gates=gates, scaling=scaling,

@@ -93,6 +93,11 @@ class HyperConnections(nn.Module):
                 f"residuals: expected a batch that {n} streams divide, got shape "
                 f"{tuple(residuals.shape)}"
             )
+        if residuals.shape[-1] != self.dim:
+            raise ValueError(
+                f"residuals: expected {self.dim} features in the last dimension, got shape "
+                f"{tuple(residuals.shape)}"
+            )
         return residuals.unflatten(0, (residuals.shape[0] // n, n))
 
     def forward(self, residuals: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -103,6 +108,7 @@ class HyperConnections(nn.Module):
         )  # fmt: skip
 
         def add_residual(out: Tensor) -> Tensor:
+            _check.like("the branch's output", out, tuple(h_in.shape), residuals, "residuals")
             H = hyper_connection_depth(out, rest, beta, stream_dim=1).flatten(0, 1)
             return F.dropout(H, self.dropout, self.training) if self.dropout else H
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ensemble import batch_ensemble_conv2d, ensemble_conv2d
+from .ensemble import _positive
 
 Pair = int | tuple[int, int]
 
@@ -78,7 +79,7 @@ class BatchEnsembleConv2d(_Conv):
             raise ValueError(
                 f"scaling_init: expected 'ones', 'normal' or 'random-signs', got {scaling_init!r}"
             )
-        self.k, self.scaling_init = k, scaling_init
+        self.k, self.scaling_init = _positive("k", k), scaling_init
         shape = self._options(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups
         )
@@ -139,7 +140,7 @@ class EnsembleConv2d(_Conv):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        self.k = k
+        self.k = _positive("k", k)
         shape = self._options(
             in_channels, out_channels, kernel_size, stride, padding, dilation, groups
         )

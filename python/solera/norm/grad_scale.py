@@ -42,7 +42,12 @@ def grad_scale(x: Tensor, scale: float | Tensor) -> Tensor:
     _check.tensor("x", x)
     if isinstance(scale, Tensor):
         scale = scale.detach()
-        if torch.broadcast_shapes(scale.shape, x.shape) != x.shape:
+        if scale.is_complex():
+            raise TypeError(f"scale: expected real numbers, got {scale.dtype}")
+        if scale.dim():  # a number may stay on the host
+            _check.same_device("scale", scale, x)
+        last = x.shape[x.dim() - scale.dim() :]
+        if scale.dim() > x.dim() or any(s not in (1, n) for s, n in zip(scale.shape, last)):
             raise ValueError(
                 f"scale: expected a shape that broadcasts to x's {tuple(x.shape)}, got "
                 f"{tuple(scale.shape)}"
