@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 
+from bench.case import Case
 from bench.ensemble import logit_mixture, member_logits
 
 
@@ -46,18 +47,17 @@ def added(step: Callable[[], object]) -> int:
     return peak - before
 
 
-def sides(name: str, quick: bool) -> tuple[Callable, Callable, int]:
-    """Ours, plain torch and the bytes of the gradient."""
+def case_of(name: str, quick: bool) -> tuple[Case, int]:
+    """The benchmark's case and the bytes of the gradient."""
     rows, f32 = 64 if quick else 512, torch.float32
     if name == "mixture_nll":
         case = logit_mixture._mixture_case(f32, "cpu", 16 if quick else 128)
-        assert case.written is not None
-        return case.ours, case.eager, case.written
-    if name == "ensemble_distillation_loss":
+    elif name == "ensemble_distillation_loss":
         case = logit_mixture._distillation_case(False, f32, "cpu", rows)
-        return case.ours, case.eager, rows * 50257 * 4
-    case = member_logits._case((rows, 8, 50257), f32, name.split()[1], "cpu")
-    return case.ours, case.eager, case.written
+    else:
+        case = member_logits._case((rows, 8, 50257), f32, name.split()[1], "cpu")
+    assert case.written is not None
+    return case, case.written
 
 
 NAMES = (
@@ -73,8 +73,10 @@ def main() -> None:
     parser.add_argument("--one", nargs=2, metavar=("LOSS", "SIDE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        ours, eager, gradient = sides(options.one[0], options.quick)
-        print(added(ours if options.one[1] == "ours" else eager), gradient)
+        case, gradient = case_of(options.one[0], options.quick)
+        step = case.ours if options.one[1] == "ours" else case.eager
+        assert step is not None
+        print(added(step), gradient)
         return
     print(
         "| loss | gradient, MB | ours adds | plain torch adds | times |\n|---|---:|---:|---:|---:|"
@@ -86,8 +88,8 @@ def main() -> None:
             command += ["--quick"] if options.quick else []
             out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             figures.append([int(n) / 1e6 for n in out.split()])
-        (mine, gradient), (theirs, _) = figures
-        print(f"| {name} | {gradient:.0f} | {mine:.0f} | {theirs:.0f} | {theirs / mine:.1f} |")
+        (ours, size), (theirs, _) = figures
+        print(f"| {name} | {size:.0f} | {ours:.0f} | {theirs:.0f} | {theirs / ours:.1f} |")
 
 
 if __name__ == "__main__":
