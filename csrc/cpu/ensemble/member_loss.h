@@ -29,6 +29,14 @@ inline int64_t loss_scratch(int64_t members, int64_t width, bool kept) {
 namespace SOLERA_ISA {
 namespace {
 
+// Asks for what a row's next block holds at this place: between the two lie the blocks of all other
+// members, so the machine's own prefetcher sees no stream.
+template <class T>
+SOLERA_INLINE void next_block(const T* x) {
+  const uintptr_t next = uintptr_t(x) + uintptr_t(kLogitBlock) * sizeof(T);
+  __builtin_prefetch((const char*)next, 0, 2);
+}
+
 // The weighted sum over the members of `count` columns from `first` on, into `row`.
 template <class T>
 SOLERA_INLINE void weighted_block(const MemberRows& logits, const A<T>* weights, int64_t n,
@@ -40,6 +48,8 @@ SOLERA_INLINE void weighted_block(const MemberRows& logits, const A<T>* weights,
             *x1 = member_row<T>(logits, n, k + (members > 1)) + first;
     const A<T> w0 = weights[k], w1 = members > 1 ? weights[k + 1] : A<T>(0);
     strips<L>(count, [&](int64_t j, int lanes) {
+      next_block(x0 + j);
+      if (members > 1) next_block(x1 + j);
       AccVec<T> v = w0 * fetch(x0 + j, lanes);
       if (k > 0) v += fetch(row + j, lanes);
       if (members > 1) v += w1 * fetch(x1 + j, lanes);
