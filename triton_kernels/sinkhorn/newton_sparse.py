@@ -261,10 +261,9 @@ def aot() -> Iterator:
             + ["m"],
             num_warps=4,
         )
-    integers = ("n", "m", "keep", "max_iterations")
     words = {
         **dict.fromkeys(("index", "rows", "starts", "iterations"), "*i64"),
-        **dict.fromkeys(integers, "i32"),
+        **dict.fromkeys(("n", "m", "keep", "max_iterations"), "i32"),
     }
     names = [k for k in sinkhorn_newton_solve_kernel.arg_names if k != "B"]
     yield AotCase(
