@@ -37,7 +37,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from .._route import use_reference
+from .._route import full_precision, use_reference
 from .dense_reference import damping
 from .plan import _sinkhorn_plan, kernel_matrix, valid_cost
 
@@ -132,6 +132,7 @@ def _system(e, a, b, u, v, la, lb, balanced, steps):
     return x, y, good
 
 
+@full_precision
 def adjoint(
     cost: Tensor,
     a: Tensor,
@@ -170,6 +171,7 @@ def adjoint(
             e = op(cost, ones[0], ones[1], f, g, ones[0], None, epsilon, lengths)
         else:
             e = kernel_matrix(valid_cost(cost, lengths).to(dtype), low[2], low[3], epsilon)
+            e = e.clamp(max=1e130)  # far from convergence: products of two are numbers still
         x, y, good = _system(e, low[0], low[1], u, v, la, lb, balanced, steps)
         da, db = -epsilon * _times(e, y), -epsilon * _times(e.transpose(-1, -2), x)
         return (x, y, da, db) if d is None else (x, y, da - d * low[2], db + d * low[3]), good
