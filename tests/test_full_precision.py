@@ -16,6 +16,12 @@ def _isogclr(x):
     return weights.isogclr_loss(x, index, s, u, tau), s, tau
 
 
+def _implicit(cost):
+    cost = cost + 0.1 * torch.rand_like(cost)
+    cost = cost.requires_grad_()
+    return torch.autograd.grad(sinkhorn.sinkhorn(cost, epsilon=0.5).transport_cost(), cost)[0]
+
+
 def _written(call, x):
     x = x.clone()
     call(x)
@@ -40,6 +46,11 @@ CASES = {
     "barycentric_projection": lambda x: sinkhorn.sinkhorn(
         x.abs(), epsilon=0.3
     ).barycentric_projection(randn(6, 2)),
+    "points_plan": lambda x: sinkhorn.sinkhorn_points(
+        torch.cat([x, x], 1), torch.cat([x, -x], 1), epsilon=9.0
+    ).plan(),
+    "slot_accumulate": lambda x: tuple(sinkhorn.slot_accumulate(x[:3], x, x)),
+    "implicit_gradient": lambda x: _implicit(x.abs().repeat(20, 30)),
     "gromov_wasserstein": lambda x: (
         sinkhorn.gromov_wasserstein(
             torch.cdist(x, x), torch.cdist(x.mT, x.mT), epsilon=1.0, max_iterations=5, tolerance=0

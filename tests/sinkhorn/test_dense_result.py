@@ -202,3 +202,12 @@ def test_finite_in_the_whole_range_of_epsilon(shape, epsilon):
     with solera.backend("reference"):
         q = sinkhorn(*tensors, epsilon=epsilon, max_iterations=20, **options)
     torch.testing.assert_close(q.cost, r.cost, rtol=1e-4, atol=1e-6 * epsilon)
+
+
+@pytest.mark.no_interpreter
+def test_compile_apply_of_a_constant():
+    """Its size is a number where the plan's is a symbol."""
+    f = lambda cost: sinkhorn(cost, epsilon=0.3).apply(torch.ones(5, device=DEVICE))
+    cost = torch.rand(2, 6, 5, device=DEVICE)
+    compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(cost), f(cost))

@@ -225,6 +225,8 @@ def test_epsilon_scaling_is_the_documented_schedule():
     half = sinkhorn(cost, a, b, epsilon=0.3, epsilon_scaling=1.0, max_iterations=20)
     again = sinkhorn(cost, a, b, epsilon=0.3, epsilon_scaling=(1.0, 0.5), max_iterations=20)
     assert torch.equal(half.f, again.f)
+    listed = sinkhorn(cost, a, b, epsilon=0.3, epsilon_scaling=[1.0, 0.5], max_iterations=20)
+    assert torch.equal(listed.f, half.f)
     none = sinkhorn(cost, a, b, epsilon=0.3, epsilon_scaling=0.2, max_iterations=20)
     assert torch.equal(none.f, sinkhorn(cost, a, b, epsilon=0.3, max_iterations=20).f)
 
@@ -255,6 +257,8 @@ BAD = [
     ({"epsilon_scaling": -1.0}, ValueError, "epsilon_scaling: expected a start > 0"),
     ({"epsilon_scaling": (1.0, 1.0)}, ValueError, "epsilon_scaling: expected a factor between 0 and 1"),
     ({"epsilon_scaling": (1.0, 0.5, 2.0)}, ValueError, r"epsilon_scaling: expected a number or \(start"),
+    ({"epsilon_scaling": [1.0, -0.5]}, ValueError, "epsilon_scaling: expected epsilons > 0"),
+    ({"epsilon_scaling": [1.0] * 100}, ValueError, "epsilon_scaling: expected fewer epsilons than max_it"),
     ({"epsilon_scaling": "auto"}, TypeError, "epsilon_scaling: expected a number"),
     ({"epsilon_scaling": (1e9, 0.99)}, ValueError, "epsilon_scaling: reaches epsilon=1 in more than max_it"),
     ({"gradient": "exact"}, ValueError, "gradient: expected one of"),

@@ -152,3 +152,15 @@ def test_call_forms_and_module():
         loss(x, y[0])
     with pytest.raises(ValueError, match="a: expected shape"):
         loss(a[:, :3], x, b, y)
+
+
+def test_distances_between_points_without_weight():
+    """Their density is bounded by nothing, and over a small distance it overflows; their gradients are 0."""
+    for dtype in (torch.float32, torch.float64):
+        x, y, a, b = (t.detach().to(dtype) for t in clouds(6, 5, 2))
+        a[1:] = 0
+        a[0] = 1
+        x = (1e-3 * x).requires_grad_()
+        value = sinkhorn_divergence(x, 1e-3 * y, a, b, cost="euclidean", epsilon=1e-6)
+        (grad,) = torch.autograd.grad(value, x)
+        assert torch.isfinite(grad).all() and not grad[1:].any() and grad[0].any()

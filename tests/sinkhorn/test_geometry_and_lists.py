@@ -256,3 +256,25 @@ x32 = torch.zeros(4, 3)
 def test_bad_input(call, error, match):
     with pytest.raises(error, match=match):
         call()
+
+
+def test_assignments_far_from_the_origin_and_without_mass():
+    """Differences keep their digits about any origin; a centre that nothing is near gets no NaN."""
+    x = torch.rand(12, 2, dtype=torch.float64, device=DEVICE)
+    centers = torch.rand(3, 2, dtype=torch.float64, device=DEVICE)
+    near = torch.arange(12, device=DEVICE)[:, None]
+    want, moved = laplacian_assign(x, centers, near, iterations=5)
+    far = [(t + 4096).float() for t in (x, centers)]
+    exact, _ = laplacian_assign(*(t.double() for t in far), near, iterations=5)
+    got, found = laplacian_assign(*far, near, iterations=5)
+    torch.testing.assert_close(got.double(), exact, rtol=0, atol=1e-5)
+    torch.testing.assert_close(exact, want, rtol=0, atol=1e-2)
+    torch.testing.assert_close(found.double(), moved + 4096, rtol=0, atol=1e-2)
+    lone = torch.tensor([[0.0, 0.0], [9.6, 0.0], [30.0, 0.0]], device=DEVICE).requires_grad_()
+    cloud = torch.zeros(4, 2, device=DEVICE).requires_grad_()
+    for outputs in (
+        laplacian_assign(cloud, lone, near[:4], iterations=3),
+        soft_assign_pool(cloud + 1.0, lone * torch.tensor([[1.0], [-9.6], [-1.0]], device=DEVICE)),
+    ):
+        grads = torch.autograd.grad(sum(o.sum() for o in outputs), (cloud, lone))
+        assert all(torch.isfinite(t).all() for t in (*outputs, *grads))

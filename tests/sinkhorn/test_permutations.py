@@ -15,6 +15,7 @@ from solera.sinkhorn import (
     soft_sort,
     soft_top_k,
 )
+from solera.weights._random import random_words
 
 pytestmark = pytest.mark.no_interpreter
 F64 = torch.float64
@@ -29,10 +30,16 @@ def log_sinkhorn(x, iterations):
 
 def test_gumbel_sinkhorn_paper():
     x = randn(3, 5, 5, dtype=F64, grad=True)
-    got = gumbel_sinkhorn(x, 0.7, 10, n_samples=2, seed=4)
-    generator = torch.Generator(device=DEVICE).manual_seed(4)
-    e = torch.empty(2, 3, 5, 5, dtype=F64, device=DEVICE).exponential_(generator=generator)
+    drawn = [torch.Generator(device=DEVICE).manual_seed(4) for _ in range(2)]
+    e = torch.empty(2, 3, 5, 5, dtype=F64, device=DEVICE).exponential_(generator=drawn[0])
     gumbel = -torch.log(-torch.log(torch.exp(-e)))
+    torch.testing.assert_close(
+        gumbel_sinkhorn(x, 0.7, 10, n_samples=2, generator=drawn[1]),
+        log_sinkhorn((x + gumbel) / 0.7, 10),
+    )
+    got = gumbel_sinkhorn(x, 0.7, 10, n_samples=2, seed=4)
+    words = random_words(4, 0, 0, 2 * 3 * 25).to(DEVICE)
+    gumbel = -torch.log(-torch.log((words.double() + 0.5) / 2**32)).reshape(2, 3, 5, 5)
     torch.testing.assert_close(got, log_sinkhorn((x + gumbel) / 0.7, 10))
     assert torch.equal(gumbel_sinkhorn(x, 0.7, 10, n_samples=2, seed=4), got)
     assert not torch.equal(gumbel_sinkhorn(x, 0.7, 10, n_samples=2, seed=5), got)
@@ -46,6 +53,19 @@ def test_gumbel_sinkhorn_paper():
     # log P_11 / P_12 of a balanced 2 x 2 is half of a difference of differences of four Gumbels.
     ratio = (many[..., 0, 0] / many[..., 0, 1]).log() * 2
     assert abs(float(ratio.var()) / (4 * math.pi**2 / 6) - 1) < 0.05
+
+
+def test_gumbel_sinkhorn_of_a_seed_compiles():
+    """One graph, with the noise of the same call in eager mode; any int is a seed."""
+    x = randn(2, 4, 4, grad=True)
+    for seed in (7, -1, 2**63):
+        f = lambda x: gumbel_sinkhorn(x, 0.5, 5, n_samples=3, seed=seed)
+        torch._dynamo.reset()
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), f(x))
+        (grad,) = torch.autograd.grad(compiled(x).square().sum(), x)
+        torch.testing.assert_close(grad, torch.autograd.grad(f(x).square().sum(), x)[0])
+    assert torch.isfinite(gumbel_sinkhorn(torch.zeros(256, 256, device=DEVICE), seed=0)).all()
 
 
 def test_gumbel_sinkhorn_hard(monkeypatch):
@@ -145,6 +165,32 @@ def test_soft_top_k_gradients_and_range():
         torch.func.vmap(lambda x: soft_top_k(x, 2))(x)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_soft_top_k_at_any_epsilon(dtype):
+    """The sum is k where epsilon is far below a last place of x, too: against exact differences in float64."""
+    ties = torch.tensor([3.0, 3.0, 1.0, 3.0, 1.0, -2.0], device=DEVICE)
+    last = torch.finfo(dtype).eps
+    rows = [ties, 1 + last * torch.arange(6.0, device=DEVICE), randn(6), torch.zeros_like(ties)]
+    for x in rows:
+        x = x.to(dtype).requires_grad_()
+        for k in (1, 2, 2.5, 5, 5.7, 0.3):
+            for epsilon in (1e-50, 1e-30, 1e-12, last / 3, 1e-6, 0.1, 1e8):
+                y = soft_top_k(x, k, epsilon=epsilon)
+                d = x.detach().double()
+                z = (d - d.sort(descending=True)[0][math.ceil(k) - 1]) / epsilon
+                z = torch.where(z.isnan(), 0.0, z).clamp(-1e6, 1e6)
+                low, high = torch.tensor(-2e6), torch.tensor(2e6)
+                for _ in range(200):
+                    middle = (low.double() + high) / 2
+                    above = torch.sigmoid(z - middle).sum() > k
+                    low, high = torch.where(above, middle, low), torch.where(above, high, middle)
+                torch.testing.assert_close(
+                    y.detach().double(), torch.sigmoid(z - middle), rtol=0, atol=2e-5
+                )
+                (grad,) = torch.autograd.grad((y * torch.arange(6.0, device=DEVICE)).sum(), x)
+                assert not grad.isnan().any()
+
+
 def matching_formula(scores, alpha, iterations):
     """The definition, written out: marginals, alternation in the log domain, normalisation put back."""
     b, m, n = scores.shape
@@ -167,6 +213,7 @@ def test_log_optimal_transport():
     alpha = alpha.detach().to(DEVICE).requires_grad_()
     got, want = log_optimal_transport(scores, alpha, 7), matching_formula(scores, alpha, 7)
     torch.testing.assert_close(got, want)
+    assert (got - want).abs().max() < 1e-12
     grad = torch.randn_like(got)
     for a, b in zip(
         torch.autograd.grad(got, (scores, alpha), grad),
@@ -209,6 +256,7 @@ def test_bad_input():
     for error, match, call in (
         (ValueError, "logits: expected square", lambda: gumbel_sinkhorn(x)),
         (ValueError, "tau: expected a number > 0", lambda: gumbel_sinkhorn(x[:, :, :3], 0.0)),
+        (TypeError, "seed: expected an int", lambda: gumbel_sinkhorn(x[:, :, :3], seed=1.5)),
         (ValueError, "seed: given together", lambda: gumbel_sinkhorn(
             x[:, :, :3], seed=1, generator=torch.Generator())),
         (ValueError, "epsilon: expected a number > 0", lambda: soft_sort(x, epsilon=0.0)),

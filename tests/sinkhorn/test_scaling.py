@@ -249,6 +249,15 @@ def test_novel_class_discovery_equal_partition():
     assert mixed.abs().max() < 1e-9
 
 
+def test_prior_match_gradients_of_hard_predictions():
+    """Probabilities of 0 and 1, rounded to float32, leave the system singular: the gradient is finite, near 0."""
+    logits = (1e6 * torch.randn(2, 17, 17, device=DEVICE)).requires_grad_()
+    a, p = prior_match(logits, iterations=3, tolerance=0)
+    for out in (a, p):
+        (grad,) = torch.autograd.grad((out * torch.rand_like(out)).sum(), logits, retain_graph=True)
+        assert torch.isfinite(grad).all()
+
+
 def test_mitigating_word_bias_against_the_grid():
     """The paper searches offsets so that the mean prediction is uniform; two classes, a grid of step 0.01."""
     logits = randn(300, 2, dtype=torch.float64) * 2 + torch.tensor([1.5, 0.0], device=DEVICE)

@@ -228,6 +228,27 @@ def test_vmf_3d_is_the_closed_form_and_reflects():
 
 
 @pytest.mark.no_interpreter
+@pytest.mark.parametrize("d", [2, 3, 5])
+def test_vmf_at_any_concentration_in_float32(d):
+    """|x - mu|^2 / 2 has the mean of 1 - w by quadrature, from uniform to within rounding of mu."""
+    mu = torch.zeros(d, device=DEVICE)
+    mu[-1] = 1  # exactly of length 1
+    for kappa in (1e-12, 1e-8, 1e-3, 1e3, 1e7, 1e12):
+        x = vmf_sample(mu, kappa, 4000, generator=torch.Generator(DEVICE).manual_seed(1))
+        torch.testing.assert_close(x.norm(dim=-1), torch.ones(4000, device=DEVICE))
+        end = min(math.pi, 20 / math.sqrt(kappa))
+        angle = (torch.arange(100000, dtype=torch.float64) + 0.5) * (end / 100000)
+        height = 2 * (angle / 2).sin().square()
+        density = torch.exp(-kappa * height) * angle.sin() ** (d - 2)
+        expected = float((density * height).sum() / density.sum())
+        found = float((x - mu).double().square().sum(-1).mean()) / 2
+        assert abs(found / expected - 1) < 0.06
+    for h in (1e-5, 1e-4, 1e-3):  # near the pole of the reflection
+        mean = F.normalize(torch.cat([torch.ones(1), h * torch.ones(d - 1)]), dim=0).to(DEVICE)
+        assert (vmf_sample(mean, 1e14, 8) - mean).abs().max() < 2e-6
+
+
+@pytest.mark.no_interpreter
 def test_vmf_gradients():
     mu = randn(2, 3, dtype=torch.float64, grad=True)
     kappa = torch.tensor([0.7, 4.0], dtype=torch.float64, device=DEVICE, requires_grad=True)
@@ -279,6 +300,7 @@ BAD = [
     (lambda: sliced_wasserstein(X, X, T, x_weights=X[0, 0]), ValueError, "x_weights: expected shape"),
     (lambda: vmf_sample(T[:, :1], 1.0, 3), ValueError, "mu: expected at least 2 coordinates"),
     (lambda: vmf_sample(T, 0.0, 3), ValueError, "kappa: expected a number > 0"),
+    (lambda: vmf_sample(T, -T[:, 0], 3), ValueError, "kappa: expected numbers > 0"),
     (lambda: vmf_sample(T, T[0], 3), ValueError, r"kappa: expected shape \(4,\)"),
     (lambda: vmf_sample(T, 1.0, 0), ValueError, "count: expected at least 1"),
     (lambda: vmf_sample(T, 1.0, 1.5), TypeError, "count: expected an int"),

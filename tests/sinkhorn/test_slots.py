@@ -67,6 +67,32 @@ def test_unbiased_full_set_gradient():
             torch.testing.assert_close(torch.stack([e[i] for e in each]).mean(0), full[i])
 
 
+@pytest.mark.parametrize("activation", ["sigmoid", "softmax"])
+def test_scores_past_the_range_of_half_precision(activation):
+    """Products of float16 queries and keys are taken in float32."""
+    q, k, v = (torch.randn(4, 6, device=DEVICE) for _ in range(3))
+    q, k, v = (400 * q).half(), (400 * k).half(), v.half()
+    assert (q.float() @ k.float().mT).abs().max() > 65504
+    got = slot_finalize(slot_accumulate(q, k, v, activation=activation, scale=1e-5))
+    scores = 1e-5 * q.double() @ k.double().mT
+    want = slot_normalize(scores, activation=activation) @ v.double()
+    torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_slot_that_is_all_but_ignored():
+    """Its shares are below float32: still normalised; as sums over chunks it is one that saw nothing."""
+    scores = torch.tensor([[300.0, 310.0], [1.0, 2.0]], device=DEVICE, requires_grad=True)
+    got = slot_normalize(scores, activation="softmax")
+    wide = slot_normalize(scores.detach().double(), activation="softmax")
+    torch.testing.assert_close(got.detach().double(), wide, rtol=1e-4, atol=1e-6)
+    (grad,) = torch.autograd.grad(got[1, 0], scores)
+    assert torch.isfinite(grad).all() and grad[1].abs().min() > 1e-6
+    faint = torch.tensor([[90.0], [0.0]], device=DEVICE, requires_grad=True)
+    one = torch.ones(1, 1, device=DEVICE)
+    out = slot_finalize(slot_accumulate(faint, one, one, scale=1.0, activation="softmax"))
+    assert torch.isfinite(torch.autograd.grad(out.sum(), faint)[0]).all() and float(out[1]) == 0
+
+
 X = torch.rand(3, 4, device=DEVICE)
 BAD = [
     (lambda: slot_normalize(X[0]), ValueError, "scores: expected at least 2"),

@@ -276,6 +276,45 @@ def test_low_rank_gradient_and_entropy():
     torch.testing.assert_close(spread.plan(), torch.full_like(plan, 1 / 120), rtol=1e-2, atol=0)
 
 
+def test_low_rank_does_not_depend_on_the_unit_of_cost():
+    x, y = rand(12, 2), rand(10, 2)
+    options = {"rank": 3, "max_iterations": 20, "tolerance": 0}
+    want = low_rank_sinkhorn(torch.cdist(x, y).square(), **options)
+    for k in (-60, -20, 20, 60):
+        got = low_rank_sinkhorn(torch.cdist(x, y).square() * 2.0**k, **options)
+        torch.testing.assert_close(got.plan(), want.plan())
+        torch.testing.assert_close(got.cost, want.cost * 2.0**k)
+    low = low_rank_sinkhorn(torch.cdist(x, y).float() * 1e-25, **options)
+    assert torch.isfinite(low.plan()).all()
+
+
+def test_low_rank_of_a_cost_that_is_zero():
+    for cost in (torch.zeros(4, 5, device=DEVICE), squared_distance_factors(*[rand(1, 2)] * 2)):
+        r = low_rank_sinkhorn(cost, rank=1, epsilon=0.0)
+        assert float(r.cost) == 0 and torch.isfinite(r.plan()).all() and r.marginal_error < 1e-6
+
+
+def test_barycenter_with_forbidden_pairs():
+    """A point that a histogram cannot reach gets no mass; as with costs far above the others, and with gradients."""
+    h = rand(2, 3, 5) + 0.1
+    h = (h / h.sum(-1, keepdim=True)).requires_grad_()
+    cost = rand(6, 5).requires_grad_()
+    mask = torch.zeros(6, 5, dtype=torch.bool, device=DEVICE)
+    mask[0], mask[1, 2], mask[4, :4] = True, True, True
+    grads = []
+    for far in (torch.inf, 500.0):
+        p = barycenter(h, torch.where(mask, far, cost), epsilon=0.5, max_iterations=300)
+        assert p[:, 0].abs().max() < 1e-100
+        grads.append((p, *torch.autograd.grad(p.square().sum(), (h, cost))))
+    for got, want in zip(*grads):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-9)
+    unused = barycenter(
+        h, torch.where(mask, torch.inf, cost), h.new_tensor([0.0, 0.5, 0.5]), epsilon=0.5
+    )
+    assert torch.isfinite(unused).all()
+
+
+H, C4 = torch.full((2, 4), 0.25), torch.rand(4, 4)
 M = torch.rand(3, 4)
 W = torch.full((3,), 1 / 3, requires_grad=True)
 BAD = [
@@ -289,6 +328,21 @@ BAD = [
     (lambda: barycenter(M, M[:, :3], epsilon=1.0), ValueError, r"cost: expected shape \(3, 4\)"),
     (lambda: barycenter(M, M, epsilon=1.0, debiased=True), ValueError, "cost: expected a square matrix"),
     (lambda: barycenter(M, M, epsilon=0.0), ValueError, "epsilon: expected a number > 0"),
+    (lambda: barycenter(-H, C4, epsilon=1.0), ValueError, "histograms: expected finite masses >= 0"),
+    (lambda: barycenter(H * torch.nan, C4, epsilon=1.0), ValueError, "histograms: expected finite masses"),
+    (lambda: barycenter(0 * H, C4, epsilon=1.0), ValueError, "histograms: expected a positive total"),
+    (lambda: barycenter(torch.stack([H[0], 2 * H[0]]), C4, epsilon=1.0), ValueError, "totals, got 1 and 2"),
+    (lambda: barycenter(H, C4 * torch.nan, epsilon=1.0), ValueError, "cost: expected numbers or"),
+    (lambda: barycenter(H, C4 + torch.inf, epsilon=1.0), ValueError, "cost: a point of a histogram"),
+    (lambda: barycenter(H, C4, H[:, 0] * 0, epsilon=1.0), ValueError, "weights: expected a positive total"),
+    (lambda: barycenter(H, C4, -H[:, 0], epsilon=1.0), ValueError, "weights: expected finite numbers >= 0"),
+    (lambda: free_support_barycenter(M[None], M, epsilon=1.0, support_mass=torch.tensor([0.0, 0.5, 0.5])),
+     ValueError, "support_mass: expected masses > 0"),
+    (lambda: low_rank_sinkhorn(M, -W.detach(), rank=1), ValueError, "a: expected finite weights >= 0"),
+    (lambda: low_rank_sinkhorn(M, 2 * W.detach(), rank=1), ValueError, "equal totals, got 2 and 1"),
+    (lambda: low_rank_sinkhorn(M / 0, rank=1), ValueError, "cost: expected finite numbers"),
+    (lambda: low_rank_sinkhorn((M, M * torch.nan), rank=1), ValueError, "cost: expected finite numbers"),
+    (lambda: low_rank_sinkhorn(M, rank=2, least_mass=0.6), ValueError, "least_mass: expected rank"),
     (lambda: free_support_barycenter([], M, epsilon=1.0), ValueError, "points: expected at least one cloud"),
     (lambda: free_support_barycenter([M[:, :2]], M, epsilon=1.0), ValueError, r"points\[0\]: expected shape"),
     (lambda: free_support_barycenter([M], M, [M[0], M[0]], epsilon=1.0), ValueError, "masses: expected 1"),

@@ -141,6 +141,8 @@ def test_soft_marginals_schedule_momentum_and_start():
         if INTERPRETED:
             break
     pair = sinkhorn_points(x, y, a, epsilon=0.1, epsilon_scaling=(1.0, 0.5), max_iterations=1)
+    number = sinkhorn_points(x, y, a, epsilon=0.1, epsilon_scaling=1, max_iterations=1)
+    assert torch.equal(number.f, pair.f)
     assert pair.iterations == 5  # 1, 0.5, 0.25, 0.125 and the target
 
 
@@ -379,6 +381,27 @@ def test_a_bad_problem_stays_in_its_batch_item(bad):
             torch.testing.assert_close(r.f[[0, 2]], clean.f[[0, 2]])
 
 
+@pytest.mark.no_interpreter
+def test_gradient_choices():
+    """Unrolled and implicit agree at convergence, not before; "none" gives constants."""
+    x, y, a, b = clouds(6, 5, 2)
+    x = x.detach().requires_grad_()
+
+    def slope(gradient, iterations):
+        r = sinkhorn_points(x, y, a, b, epsilon=0.3, max_iterations=iterations, gradient=gradient)
+        return torch.autograd.grad(r.f[0] + r.transport_cost(), x)[0]
+
+    torch.testing.assert_close(slope("unrolled", 300), slope("auto", 300), rtol=1e-6, atol=1e-9)
+    assert relative_error(slope("unrolled", 1), slope("auto", 1)) > 1e-3
+
+    def two(x):
+        r = sinkhorn_points(x, y, a, b, epsilon=0.3, max_iterations=2, gradient="unrolled")
+        return r.cost + r.f[1]
+
+    assert torch.autograd.gradcheck(two, x)
+    assert not sinkhorn_points(x, y, epsilon=0.3, gradient="none").plan().requires_grad
+
+
 def test_bad_arguments():
     x, y, a, b = clouds(4, 5, 2)
     ok = {"epsilon": 0.1}
@@ -392,7 +415,13 @@ def test_bad_arguments():
         ("momentum: expected a number in", (x, y), {"momentum": 2.0, **ok}),
         ("reach: expected a number > 0", (x, y), {"reach": -1.0, **ok}),
         ("epsilon_scaling: expected a ratio", (x, y), {"epsilon_scaling": (1.0, 2.0), **ok}),
-        ("epsilon_scaling: expected None", (x, y), {"epsilon_scaling": 3, **ok}),
+        ("epsilon_scaling: expected None", (x, y), {"epsilon_scaling": "auto", **ok}),
+        (
+            "epsilon_scaling: reaches epsilon=0.1 in",
+            (x, y),
+            {"epsilon_scaling": (1.0, 1 - 1e-16), **ok},
+        ),
+        ("gradient: expected one of", (x, y), {"gradient": "envelope", **ok}),
         ("max_iterations: expected at least 1", (x, y), {"max_iterations": 0, **ok}),
         ("init: expected None, a pair", (x, y), {"init": 3, **ok}),
         (r"init\[1\]: expected shape", (x, y), {"init": (a, a), **ok}),

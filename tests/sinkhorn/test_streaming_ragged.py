@@ -93,3 +93,12 @@ def test_bad_lengths():
     long = torch.tensor([4, 5], device=DEVICE)
     with pytest.raises(ValueError, match=r"lengths\[0\]: expected lengths in \[0, 4\], got 4 to 5"):
         sinkhorn_points(x, y, epsilon=0.1, lengths=(long, None), validate=True)
+
+
+@pytest.mark.no_interpreter
+def test_barycentric_projection_of_a_problem_without_points():
+    x, y = randn(3, 4, 2, grad=True), randn(3, 5, 2)
+    lengths = tuple(torch.tensor(t, device=DEVICE) for t in ((4, 0, 2), (3, 5, 0)))
+    found = sinkhorn_points(x, y, epsilon=0.5, lengths=lengths).barycentric_projection()
+    assert torch.isfinite(found).all() and found[0].any() and not found[1:].any()
+    assert torch.isfinite(torch.autograd.grad(found.sum(), x)[0]).all()

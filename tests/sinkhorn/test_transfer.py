@@ -92,3 +92,10 @@ def test_select_sources_is_the_greedy_choice():
         select_sources(domain, task, predictions, 7)
     with pytest.raises(ValueError, match="predictions: expected"):
         select_sources(domain, task, predictions[:2], 1)
+
+
+def test_conditional_entropy_where_a_ratio_underflows():
+    joint = torch.tensor([[1e-30, 1e20], [0.0, 2.0]], device=DEVICE, requires_grad=True)
+    value = conditional_entropy(joint)
+    assert torch.isfinite(value) and abs(float(value)) < 1e-25
+    assert torch.isfinite(torch.autograd.grad(value, joint)[0]).all()

@@ -36,7 +36,8 @@ class SamplesLoss(nn.Module):
     Shapes: (x, y) or (a, x, b, y) with x (n, d), y (m, d), a (n,) or (n, 1) -> (); with x (B, n, d), a (B, n)
     or (B, n, 1) -> (B,). With potentials=True a pair of the weights' shapes (n,), (m,) or (B, n), (B, m).
 
-    Differs from geomloss 0.3.1 in two places, both in its favour: with `reach`, gradients to the points are
+    Differs from geomloss 0.3.1 in three places: potentials of a single problem are (n,), where some of its backends
+    put a batch of one before; with `reach`, gradients to the points are
     those of the value (its own lack a factor (rho + epsilon) / (rho + epsilon / 2)), and at p = 1 the distance
     of a point to itself is 0, not 1e-4.
 

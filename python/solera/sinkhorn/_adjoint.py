@@ -38,6 +38,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .._route import full_precision
 from .dense_reference import damping
 from .plan import kernel_matrix, valid_cost
 from .plan_sums import stored_sums
@@ -117,6 +118,7 @@ def _scaling(b: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 def _factored(cost, a, b, f, g, epsilon, u, v, la, lb, balanced, lengths):
     """(X, Y, E Y, E^T X) on the smaller side, differentiable."""
     e = kernel_matrix(valid_cost(cost, lengths).to(f.dtype), f, g, epsilon)
+    e = e.clamp(max=1e130)  # far from convergence: products of two are numbers still
     rows, columns = _times(e, b), _times(e.transpose(-1, -2), a)
     if balanced:
         # Both are 1 at the solution (0 for a massless row of forbidden pairs), so their derivative is 0.
@@ -150,6 +152,7 @@ def _iterated(cost, a, b, f, g, epsilon, u, v, la, lb, balanced, lengths):
     return la * (u - a * row) / rows, y, row, column, good
 
 
+@full_precision
 def adjoint(
     cost: Tensor,
     a: Tensor,

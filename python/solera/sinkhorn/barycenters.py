@@ -21,15 +21,51 @@ from .. import _check
 from .._registry import accumulate_type
 from .._route import full_precision
 from .dense import sinkhorn
+from .dense_arguments import TOTALS
 from .dense_arguments import count as _count
-from .plan import transforms_active
+from .plan import reads_values, transforms_active
 
 
 def _mixture(weights: Tensor | None, count: int, like: Tensor) -> Tensor:
     if weights is None:
         return like.new_full((count,), 1.0 / count)
     _check.like("weights", weights, (count,), like, "measures")
+    if reads_values(weights):
+        if not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+            raise ValueError(
+                "weights: expected finite numbers >= 0, got a negative, NaN or infinite one"
+            )
+        if not bool(weights.sum() > 0):
+            raise ValueError("weights: expected a positive total, got zeros")
     return weights.to(like.dtype) / weights.sum()
+
+
+FORBIDDEN = -1e30  # what stands for minus infinity: differences of it are numbers
+
+
+def _check_histograms(h: Tensor, cost: Tensor, allowed: float) -> None:
+    """The checks that read the data."""
+    if not bool((torch.isfinite(h) & (h >= 0)).all()):
+        raise ValueError(
+            "histograms: expected finite masses >= 0, got a negative, NaN or infinite one"
+        )
+    total = h.double().sum(-1)
+    if not bool((total > 0).all()):
+        raise ValueError("histograms: expected a positive total, got a histogram of zeros")
+    least, most = total.amin(-1), total.amax(-1)
+    if bool((most - least > allowed * most).any()):
+        k = int((most / least).argmax())
+        raise ValueError(
+            "histograms: expected equal totals, got "
+            f"{float(least.flatten()[k]):.6g} and {float(most.flatten()[k]):.6g}"
+        )
+    if not bool((cost > -torch.inf).all()):  # False for a NaN
+        raise ValueError("cost: expected numbers or +inf (a forbidden pair), got NaN or -inf")
+    lonely = (cost == torch.inf).all(0)
+    if bool((lonely & (h > 0)).any()):
+        raise ValueError(
+            "cost: a point of a histogram with mass has only forbidden pairs (inf), so no plan exists"
+        )
 
 
 def barycenter(
@@ -46,9 +82,9 @@ def barycenter(
     r"""Entropic Wasserstein barycenter of histograms on a fixed support.
 
     Args:
-        histograms: (..., K, m), each row >= 0 and of total 1, on the points of the columns.
+        histograms: (..., K, m), each row >= 0 and of one total (1, usually), on the points of the columns.
         cost: (n, m), from the points that the barycenter may use to those of the histograms; for a shared grid
-            n = m.
+            n = m. +inf forbids a pair.
         weights: (K,), brought to total 1; equal if None.
         epsilon: > 0, in the units of cost. Log-domain: stable down to 1e-3 of the cost's range and below.
         max_iterations, tolerance: stops when an iteration moves the barycenter by at most so much (L1), looked
@@ -62,7 +98,7 @@ def barycenter(
     iteration takes 2 K n m exponentials and memory.
 
     Raises:
-        ValueError, TypeError: naming the argument.
+        ValueError, TypeError: naming the argument; what stands in the tensors is looked at on the CPU in eager mode.
     Warns:
         UserWarning: on the CPU in eager mode, if tolerance > 0 was not reached.
 
@@ -92,9 +128,11 @@ def barycenter(
     acc = accumulate_type(histograms)
     h = histograms.to(acc)
     w = _mixture(weights, count, h).unsqueeze(-1)
-    kernel = -cost.to(acc) / epsilon
-    # A finite floor instead of -inf: the gradient at a point without mass is 0, not NaN.
-    log_h = torch.where(h > 0, h, torch.finfo(acc).tiny).log()
+    if reads_values(h):
+        _check_histograms(h.detach(), cost.detach(), TOTALS[histograms.dtype])
+    # Finite floors instead of -inf: the gradient at a point without mass is 0, not NaN.
+    kernel = (-cost.to(acc) / epsilon).clamp(min=FORBIDDEN)
+    log_h = torch.where(h == 0, torch.finfo(acc).tiny, h).log()
     u = h.new_zeros((*h.shape[:-1], n))
     d = h.new_zeros((*h.shape[:-2], n))
     p = torch.zeros_like(d)
@@ -188,7 +226,13 @@ def free_support_barycenter(
     clouds = [cloud.to(acc) for cloud in clouds]
     w = _mixture(weights, count, x)
     parts = [w] if len(clouds) == 1 and clouds[0].dim() == 3 else list(w)
-    mass = x.new_full((x.shape[0],), 1.0 / x.shape[0]) if support_mass is None else support_mass
+    if support_mass is None:
+        mass = x.new_full((x.shape[0],), 1.0 / x.shape[0])
+    else:
+        mass = support_mass
+        _check.like("support_mass", mass, (x.shape[0],), support, "support")
+        if reads_values(mass) and not bool((mass > 0).all()):
+            raise ValueError("support_mass: expected masses > 0, got one that is not")
     last: list[tuple[Tensor, Tensor] | None] = [None] * len(clouds)
     for _ in range(max_iterations):
         moved = torch.zeros_like(x)

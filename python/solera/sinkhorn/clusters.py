@@ -10,6 +10,8 @@ from .._registry import accumulate_type
 from .._route import full_precision
 from .dense_arguments import count as _count
 
+LEAST = 1e-30  # a mass below it is none: the gradient of a mean divides by it
+
 
 def kmeans_assign(x: Tensor, centers: Tensor) -> tuple[Tensor, Tensor]:
     r"""The nearest centre of every point: $c_i = \arg\min_k \lVert x_i - m_k\rVert^2$, with that distance.
@@ -64,7 +66,8 @@ def laplacian_assign(
         weights: (..., N, k), $w_{pq}$; None is 1.
         smoothness: $\lambda \ge 0$. iterations: at least 1.
         labels: (..., N) int64, the class of a labelled point and -1 elsewhere; None if none is labelled.
-        update_centers: False keeps the centres (the assignment's half of the steps alone).
+        update_centers: False keeps the centres (the assignment's half of the steps alone). A centre whose mass is below
+            1e-30 is kept as well.
 
     Shapes: -> assignments (..., N, K), centres (..., K, d), both in float32 (float64 for float64). Differentiable in x,
     centers and weights.
@@ -89,6 +92,9 @@ def laplacian_assign(
     _count("iterations", iterations)
     acc = accumulate_type(x)
     points, middle = x.to(acc), centers.to(acc)
+    # About the points' mean: |x - m|^2 is expanded below, and far from the origin its digits would cancel.
+    origin = points.detach().mean(-2, keepdim=True) if n > 0 else torch.zeros_like(points[..., :1])
+    points, middle = points - origin, middle - origin
     fixed, hot = None, points
     if labels is not None:
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
@@ -115,9 +121,10 @@ def laplacian_assign(
             s = torch.where(fixed, hot, s)
         if update_centers:
             mass = s.sum(-2).unsqueeze(-1)
-            found = s.mT @ points / torch.where(mass > 0, mass, 1.0)
-            middle = torch.where(mass > 0, found, middle)
-    return s, middle  # type: ignore[return-value]
+            some = mass > LEAST
+            found = s.mT @ points / torch.where(some, mass, 1.0)
+            middle = torch.where(some, found, middle)
+    return s, middle + origin  # type: ignore[return-value]
 
 
 def _index(name: str, value: object, rows: tuple[int, ...], x: Tensor) -> Tensor:
@@ -139,8 +146,8 @@ def soft_assign_pool(x: Tensor, groups: Tensor, temperature: float = 1.0) -> tup
 
     A composition of two products.
 
-    Shapes: x (..., n, d), groups (..., m, d) -> pooled (..., m, d), assignment (..., n, m), of x's dtype.
-    Differentiable.
+    Shapes: x (..., n, d), groups (..., m, d) -> pooled (..., m, d), assignment (..., n, m), of x's dtype. A group whose
+    mass is below 1e-30 is pooled to 0. Differentiable.
 
     Raises:
         ValueError, TypeError: naming the argument that does not fit.
@@ -158,5 +165,6 @@ def soft_assign_pool(x: Tensor, groups: Tensor, temperature: float = 1.0) -> tup
     tokens = x.to(accumulate_type(x))
     share = (tokens @ groups.to(tokens.dtype).mT / temperature).softmax(-1)
     mass = share.sum(-2).unsqueeze(-1)
-    pooled = share.mT @ tokens / torch.where(mass > 0, mass, 1.0)
+    some = mass > LEAST
+    pooled = torch.where(some, share.mT @ tokens / torch.where(some, mass, 1.0), 0.0)
     return pooled.to(x.dtype), share.to(x.dtype)

@@ -176,7 +176,7 @@ def sinkhorn(
     check_every: int = 10,
     rho: float | tuple[float | None, float | None] | None = None,
     momentum: float = 1.0,
-    epsilon_scaling: float | tuple[float, float] | None = None,
+    epsilon_scaling: float | tuple[float, float] | list[float] | None = None,
     lengths: tuple[Tensor | int | None, Tensor | int | None] | None = None,
     init: SinkhornResult | tuple[Tensor, Tensor] | None = None,
     gradient: str = "auto",
@@ -204,8 +204,8 @@ def sinkhorn(
             are followed by a look at the error, and the last one, are plain.
         epsilon_scaling: None, a start or a pair (start, factor), factor 0.5 if not given: iteration
             k = 0, 1, ... is a plain one with the larger epsilon start * factor^k until that would be epsilon or
-            less. They count as iterations; the error is looked at only from then on. A start of the size
-            of the largest cost is usual.
+            less; or a list of those epsilons. They count as iterations; the error is looked at only from
+            then on. A start of the size of the largest cost is usual.
         lengths: (row lengths, column lengths), integer tensors of the batch's shape (or an int, or None for
             all): the part of each item that is real. What cost and weights hold in the padding, NaN too, is
             not read; default weights are uniform over the real part; the plan, the potentials and the

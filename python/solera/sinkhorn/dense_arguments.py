@@ -93,10 +93,18 @@ def schedule(scaling: Any, epsilon: float, max_iterations: int) -> list[float]:
     """The epsilons, larger than the target, of the iterations before it is reached."""
     if scaling is None:
         return []
-    start, factor = (
-        scaling if isinstance(scaling, tuple | list) and len(scaling) == 2 else (scaling, 0.5)
-    )
-    if isinstance(start, tuple | list):
+    if isinstance(scaling, list):
+        given = [_check.number("epsilon_scaling", value) for value in scaling]
+        if not all(value > 0 for value in given):
+            raise ValueError(f"epsilon_scaling: expected epsilons > 0, got {scaling!r}")
+        if len(given) >= max_iterations:
+            raise ValueError(
+                f"epsilon_scaling: expected fewer epsilons than max_iterations={max_iterations}, "
+                f"got {len(given)}"
+            )
+        return given
+    start, factor = scaling if isinstance(scaling, tuple) and len(scaling) == 2 else (scaling, 0.5)
+    if isinstance(start, tuple):
         raise ValueError(f"epsilon_scaling: expected a number or (start, factor), got {scaling!r}")
     start, factor = (
         _check.number("epsilon_scaling", start),
@@ -164,6 +172,25 @@ def check_bounds(lengths: Tensor, n: int, m: int) -> None:
                 f"lengths[{k}]: expected lengths in [0, {most}], got {int(lengths[..., k].min())} to "
                 f"{int(lengths[..., k].max())}"
             )
+
+
+def check_weights(a: Tensor, b: Tensor, tolerance_totals: float) -> None:
+    """Weights >= 0 of equal, positive totals; those of one problem or of a batch."""
+    for name, weight in (("a", a), ("b", b)):
+        if not bool((torch.isfinite(weight) & (weight >= 0)).all()):
+            raise ValueError(
+                f"{name}: expected finite weights >= 0, got a negative, NaN or infinite one"
+            )
+        if not bool((weight.sum(-1) > 0).all()):
+            raise ValueError(f"{name}: expected a positive total, got a marginal of zeros")
+    total_a, total_b = a.double().sum(-1), b.double().sum(-1)
+    apart = (total_a - total_b).abs() / total_a.maximum(total_b)
+    if apart.numel() and float(apart.max()) > tolerance_totals:
+        k = int(apart.argmax())
+        raise ValueError(
+            f"a, b: expected equal totals, got {float(total_a.flatten()[k]):.6g} and "
+            f"{float(total_b.flatten()[k]):.6g}"
+        )
 
 
 def check_values(

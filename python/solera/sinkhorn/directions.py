@@ -10,22 +10,30 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .plan import reads_values
 
 PROPOSALS = 32  # a proposal is accepted with probability above 0.6: all fail once in 10^13 samples
 
 
+# Both give m = 1 - w of w = <x, mu>, not w: for a large kappa all that a sample is lies in m.
+
+
 def _axial_3d(kappa: Tensor, shape, like: dict[str, Any], generator) -> Tensor:
-    """w = <x, mu> in three dimensions by inversion: w = 1 + log(u + (1 - u) e^{-2 kappa}) / kappa."""
+    """In three dimensions by inversion: m = -log(u + (1 - u) e^{-2 kappa}) / kappa.
+
+    The logarithm is near 0 for a small kappa, where dividing its rounding by kappa would leave nothing of m; the
+    other form, log1p((1 - u) (e^{-2 kappa} - 1)), loses a small u for a large one.
+    """
     u = torch.rand(shape, generator=generator, **like).clamp_min(torch.finfo(like["dtype"]).tiny)
-    return 1 + torch.logaddexp(torch.log(u), torch.log1p(-u) - 2 * kappa) / kappa
+    large = torch.logaddexp(torch.log(u), torch.log1p(-u) - 2 * kappa)
+    small = torch.log1p((1 - u) * torch.expm1(-2 * kappa.clamp(max=1.0)))
+    return (torch.where(kappa > 1, large, small) / -kappa).clamp(0.0, 2.0)
 
 
 def _axial(kappa: Tensor, d: int, shape, like: dict[str, Any], generator) -> Tensor:
-    """w = <x, mu> in d dimensions by Wood's rejection, PROPOSALS at once, the first accepted one."""
-    b = (d - 1) / (2 * kappa + torch.sqrt(4 * kappa * kappa + (d - 1) ** 2))
-    x0 = (1 - b) / (1 + b)
-    # 1 - x0^2 = 4 b / (1 + b)^2, which for a large kappa is not a difference of ones.
-    c = kappa * x0 + (d - 1) * torch.log(4 * b / (1 + b) ** 2)
+    """In d dimensions by Wood's rejection, PROPOSALS at once, the first accepted one."""
+    b = (d - 1) / (2 * kappa + torch.hypot(2 * kappa, torch.full_like(kappa, d - 1)))
+    m0 = 2 * b / (1 + b)  # 1 - x0
     wide = (*shape, PROPOSALS)
     # Beta(h, h) with h = (d - 1) / 2, as a coordinate of a uniform direction: z = (1 + t) / 2.
     normal = torch.randn((*wide, d), generator=generator, **like)
@@ -33,12 +41,14 @@ def _axial(kappa: Tensor, d: int, shape, like: dict[str, Any], generator) -> Ten
     if z is None:
         u = torch.rand(wide, generator=generator, **like)
         z = torch.sin(0.5 * math.pi * u).square()  # Beta(1/2, 1/2)
-    b, x0, c, kappa = (t.unsqueeze(-1) for t in (b, x0, c, kappa))
-    w = (1 - (1 + b) * z) / (1 - (1 - b) * z)
+    b, m0, kappa = (t.unsqueeze(-1) for t in (b, m0, kappa))
+    m = 2 * b * z / (1 - (1 - b) * z)  # 1 - (1 - (1 + b) z) / (1 - (1 - b) z)
     u = torch.rand(wide, generator=generator, **like)
-    accepted = kappa * w + (d - 1) * torch.log(1 - x0 * w) - c >= torch.log(u)
+    # log of the target over the proposal, kappa (w - x0) + (d - 1) log((1 - x0 w) / (1 - x0^2)).
+    level = kappa * (m0 - m) + (d - 1) * torch.log((m + m0 * (1 - m)) / (m0 * (2 - m0)))
+    accepted = level >= torch.log(u)
     first = accepted.to(torch.int32).argmax(-1, keepdim=True)
-    return w.gather(-1, first).squeeze(-1)
+    return m.gather(-1, first).squeeze(-1)
 
 
 def vmf_sample(
@@ -81,6 +91,8 @@ def vmf_sample(
     acc = accumulate_type(mu)
     if isinstance(kappa, Tensor):
         _check.like("kappa", kappa, tuple(batch), mu, "mu")
+        if reads_values(kappa) and not bool((kappa > 0).all()):
+            raise ValueError("kappa: expected numbers > 0, got one that is not")
         concentration = kappa.to(acc)
     else:
         number = _check.number("kappa", kappa)
@@ -92,17 +104,18 @@ def vmf_sample(
     like: dict[str, Any] = {"dtype": acc, "device": mu.device}
     shape = (*batch, count)
     if d == 3:
-        w = _axial_3d(concentration, shape, like, generator)
+        m = _axial_3d(concentration, shape, like, generator)
     else:
         with torch.no_grad():
-            w = _axial(concentration, d, shape, like, generator)
+            m = _axial(concentration, d, shape, like, generator)
     tangent = torch.randn((*shape, d - 1), generator=generator, **like)
     tangent = tangent / torch.linalg.vector_norm(tangent, dim=-1, keepdim=True)
     # The tiny floor keeps the square root differentiable at the pole.
-    radius = torch.sqrt((1 - w * w).clamp_min(torch.finfo(acc).tiny))
-    z = torch.cat([w.unsqueeze(-1), radius.unsqueeze(-1) * tangent], -1)
-    pole = torch.zeros_like(mean)
-    pole[..., 0] = 1
-    u = pole - mean
+    radius = torch.sqrt((m * (2 - m)).clamp_min(torch.finfo(acc).tiny))
+    z = torch.cat([(1 - m).unsqueeze(-1), radius.unsqueeze(-1) * tangent], -1)
+    # u = e_1 - mu. Near the pole its first coordinate is half the square of the others: 1 - mu_1 would be rounding.
+    first, across = mean[..., :1], mean[..., 1:]
+    height = across.square().sum(-1, keepdim=True) / (1 + first.clamp_min(0.0))
+    u = torch.cat([torch.where(first > 0, height, 1 - first), -across], -1)
     square = (u * u).sum(-1, keepdim=True).clamp_min(torch.finfo(acc).tiny)
     return (z - 2 * u * ((z * u).sum(-1, keepdim=True) / square)).to(mu.dtype)

@@ -32,7 +32,7 @@ def sinkhorn_divergence(
     tolerance: float = 0.0,
     check_every: int = 10,
     reach: float | None = None,
-    epsilon_scaling: tuple[float, float] | list[float] | None = None,
+    epsilon_scaling: float | tuple[float, float] | list[float] | None = None,
     momentum: float = 1.0,
     debias: bool = True,
     validate: bool | None = None,

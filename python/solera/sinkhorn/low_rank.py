@@ -17,8 +17,10 @@ from torch import Tensor
 from .. import _check
 from .._registry import accumulate_type
 from .._route import full_precision, without_autocast
+from .dense_arguments import TOTALS, check_weights
 from .dense_arguments import count as _count
 from .dense_arguments import weights as _weights
+from .plan import reads_values
 
 
 def squared_distance_factors(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -78,6 +80,18 @@ class LowRankResult:
     def apply_transposed(self, v: Tensor) -> Tensor:
         """The plan's transpose times v, without the plan. Shapes: (n, ...) -> (m, ...)."""
         return torch.tensordot(self.r / self.g, torch.tensordot(self.q.mT, v, 1), 1)
+
+
+def _check_values(left, right, a, b, allowed, least):
+    """The checks that read the data."""
+    check_weights(a, b, allowed)
+    if not float(a.sum()) > least:
+        raise ValueError(
+            f"least_mass: expected rank * least_mass below the total {float(a.sum()):g}, got {least:g}"
+        )
+    for t in (left, right):
+        if t is not None and not bool(torch.isfinite(t).all()):
+            raise ValueError("cost: expected finite numbers, got a NaN or an infinite one")
 
 
 def _dykstra(kernels, log_a, log_b, floor, iterations, tolerance):
@@ -148,10 +162,12 @@ def low_rank_sinkhorn(
     Args:
         cost: (n, m), or its factors (A, B), (n, k) and (m, k), C = A B^T, of which no n x m matrix is made
             (`squared_distance_factors(x, y)` for points).
-        a, b: (n,), (m,), of equal totals; uniform (total 1) if None.
+            Finite.
+        a, b: (n,), (m,), >= 0, of equal totals; uniform (total 1) if None.
         rank: r >= 1, at most min(n, m).
         epsilon: >= 0, weight of the entropies of Q, R and g.
-        step_size: > 0, of mirror descent; divided by the largest squared gradient entry.
+        step_size: > 0, of mirror descent: times the largest entry of C R / g and C^T Q / g at the start, divided by
+            the square of the largest current gradient, so that the steps do not depend on the unit of cost.
         least_mass: alpha > 0, lower bound on g; rank * least_mass < total.
         max_iterations, dykstra_iterations: of the outer loop, and of each projection.
         tolerance: the outer loop stops where an iteration changes Q, R and g by at most this in L1; the
@@ -199,7 +215,10 @@ def low_rank_sinkhorn(
         raise ValueError(
             f"step_size, least_mass: expected numbers > 0, got {step_size!r} and {least_mass!r}"
         )
+    kinds = [t.dtype for t in (a, b) if t is not None] or [acc]
     a, b = (_weights(k, t, c, like).detach() for k, t, c in (("a", a, n), ("b", b, m)))
+    if reads_values(a):
+        _check_values(left, right, a, b, max(TOTALS[k] for k in kinds), rank * least_mass)
 
     def times(t: Tensor) -> Tensor:
         return left @ t if right is None else left @ (right.mT @ t)
@@ -212,7 +231,7 @@ def low_rank_sinkhorn(
         log_a, log_b = a.clamp_min(tiny).log(), b.clamp_min(tiny).log()
         floor = float(torch.tensor(least_mass, dtype=torch.float64).log())
         state = _start(init, a, b, rank, seed)
-        steps, converged = 0, False
+        steps, converged, scale = 0, False, None
         while steps < max_iterations and not converged:
             steps += 1
             q, r, g = (t.exp() for t in state)
@@ -222,8 +241,13 @@ def low_rank_sinkhorn(
                 cq / g + epsilon * state[1],
                 -(q * cr).sum(0) / g.square() + epsilon * state[2],
             ]
-            most = torch.stack([t.abs().max() for t in gradients]).max().square()
-            gamma = step_size / most.clamp_min(tiny)
+            most = torch.stack([t.abs().max() for t in gradients]).max()
+            some = most > 1e3 * tiny  # else they are 0: nowhere to go
+            most = torch.where(some, most, 1.0)
+            if scale is None:  # the unit of cost
+                scale = torch.maximum((cr / g).abs().max(), (cq / g).abs().max())
+                scale = torch.where(scale > 0, scale, most)
+            gamma = torch.where(some, step_size * (scale / most) / most, 0.0)
             kernels = [s - gamma * t for s, t in zip(state, gradients)]
             after = _dykstra(kernels, log_a, log_b, floor, dykstra_iterations, tolerance)
             moved = sum((s.exp() - t.exp()).abs().sum() for s, t in zip(after, state))

@@ -31,7 +31,7 @@ from .plan import transforms_active
 def _marginals(z: Tensor) -> tuple[Tensor, Tensor]:
     """log mu (m + 1,) and log nu (n + 1,) of z (..., m + 1, n + 1)."""
     m, n = z.shape[-2] - 1, z.shape[-1] - 1
-    log_mu, log_nu = (torch.full((k + 1,), -math.log(m + n)).to(z) for k in (m, n))
+    log_mu, log_nu = (z.new_full((k + 1,), -math.log(m + n)) for k in (m, n))
     log_mu[m] += math.log(n)
     log_nu[n] += math.log(m)
     return log_mu, log_nu

@@ -35,6 +35,16 @@ def _hard(soft: Tensor) -> Tensor:
     return torch.nn.functional.one_hot(columns, n).reshape(soft.shape).to(soft)
 
 
+def _gumbel(like: Tensor, seed: int) -> Tensor:
+    """Gumbel noise in like's shape and dtype, a function of seed and of each element's place: one value anywhere."""
+    from ..weights._random import random_words  # at the call: the weights family imports later
+
+    words = random_words((seed + 2**63) % 2**64 - 2**63, 0, 0, like.numel(), like.device)
+    # The middle of each of 2^32 intervals, so never 0 or 1; in float64, where the last one is not 1 yet.
+    uniform = (words.reshape(like.shape).to(torch.float64) + 0.5) * 2.0**-32
+    return -torch.log(-torch.log(uniform)).to(like.dtype)
+
+
 def gumbel_sinkhorn(
     logits: Tensor,
     tau: float = 1.0,
@@ -59,7 +69,8 @@ def gumbel_sinkhorn(
         n_samples: S >= 1.
         hard: the permutation itself (by `scipy.optimize.linear_sum_assignment`, on the CPU), with the gradient of the
             soft one (straight-through).
-        seed, generator: one of them, or neither, for the noise.
+        seed, generator: one of them, or neither, for the noise. A seed gives the same noise on every device, and
+            under torch.compile (Philox4x32-10 of the seed and the element's place); a generator is torch's own.
 
     Shapes: (..., n, n) -> (S, ..., n, n) of logits's dtype. Exact gradient of the iterations.
 
@@ -77,9 +88,12 @@ def gumbel_sinkhorn(
     if seed is not None:
         if generator is not None:
             raise ValueError("seed: given together with generator")
-        generator = torch.Generator(device=logits.device).manual_seed(seed)
+        if not isinstance(seed, int) or isinstance(seed, bool):
+            raise TypeError(f"seed: expected an int, got {type(seed).__name__} {seed!r}")
     x = logits.to(accumulate_type(logits)).expand(n_samples, *logits.shape)
-    if noise > 0:
+    if noise > 0 and seed is not None:
+        x = x + noise * _gumbel(x, seed)
+    elif noise > 0:
         # -log U of a uniform U is exponential.
         e = torch.empty_like(x, memory_format=torch.contiguous_format)
         x = x - noise * torch.log(e.exponential_(generator=generator))

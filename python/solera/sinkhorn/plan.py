@@ -31,6 +31,11 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def reads_values(t: Tensor) -> bool:
+    """Whether a check may read t's data: on the CPU in eager mode, where that is no synchronisation."""
+    return t.device.type == "cpu" and not torch.compiler.is_compiling() and not transforms_active()
+
+
 def kernel_matrix(cost: Tensor, f: Tensor, g: Tensor, epsilon: float) -> Tensor:
     """E (batch, n, m); an exponent past the dtype's range is held just inside, so that 0 * E is 0."""
     exponent = (f.unsqueeze(-1) - cost + g.unsqueeze(-2)) / epsilon

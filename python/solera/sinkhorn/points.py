@@ -13,14 +13,16 @@ from torch.utils import _pytree
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import needs_graph
 from .dense_arguments import TOTALS as _TOTALS
 from .dense_arguments import bounds, check_bounds
 from .dense_arguments import count as _count
 from .plan import transforms_active, transport_plan, within
-from .streaming import points_softmin, solve_points
+from .streaming import points_reference, points_softmin, solve_points
 from .streaming_apply import COSTS, apply_density, cost_matrix
 
 _NAMES_OF_COSTS = (*COSTS, "cosine")
+GRADIENTS = ("auto", "unrolled", "none")
 _EXPONENT = {"sqeuclidean": 2, "half_sqeuclidean": 2}  # p of a length's cost; 1 for the others
 
 
@@ -123,7 +125,8 @@ class SinkhornPointsResult:
         origin = values.detach()[..., :1, :]
         columns = torch.cat((values - origin, torch.ones_like(values[..., :1])), -1)
         out = apply_density(xs, ys, f, g, b.unsqueeze(-1) * columns, *self._options)
-        out = out[..., :-1] / out[..., -1:] + origin
+        mass = out[..., -1:]  # 0 without a column: a problem that is all padding
+        out = torch.where(mass > 0, out[..., :-1] / torch.where(mass > 0, mass, 1.0) + origin, 0.0)
         return out.reshape(*self.f.shape, values.shape[-1])
 
     def transport_cost(self) -> Tensor:
@@ -229,12 +232,17 @@ def rhos_of(reach: Any, cost: str) -> tuple[float, float]:
     return left, right
 
 
+MOST_STEPS = 100_000  # of epsilon_scaling: a ratio that rounds to 1 would never end
+
+
 def _schedule(epsilon_scaling: Any, epsilon: float) -> list[float]:
     if epsilon_scaling is None:
         return [epsilon]
+    if isinstance(epsilon_scaling, int | float) and not isinstance(epsilon_scaling, bool):
+        epsilon_scaling = (epsilon_scaling, 0.5)
     if not isinstance(epsilon_scaling, tuple | list):
         raise TypeError(
-            "epsilon_scaling: expected None, a pair (start, ratio) or a list of epsilons, got "
+            "epsilon_scaling: expected None, a number, a pair (start, ratio) or a list of epsilons, got "
             f"{type(epsilon_scaling).__name__}"
         )
     if isinstance(epsilon_scaling, tuple):
@@ -250,6 +258,11 @@ def _schedule(epsilon_scaling: Any, epsilon: float) -> list[float]:
         while value > epsilon:
             steps.append(value)
             value *= ratio
+            if len(steps) > MOST_STEPS:
+                raise ValueError(
+                    f"epsilon_scaling: reaches epsilon={epsilon:g} in more than {MOST_STEPS} iterations; "
+                    "lower the ratio"
+                )
         return [*steps, epsilon]
     return [*(_positive("epsilon_scaling", e) for e in epsilon_scaling), epsilon]
 
@@ -319,10 +332,11 @@ def sinkhorn_points(
     tolerance: float = 0.0,
     check_every: int = 10,
     reach: float | tuple[float | None, float | None] | None = None,
-    epsilon_scaling: tuple[float, float] | list[float] | None = None,
+    epsilon_scaling: float | tuple[float, float] | list[float] | None = None,
     init: SinkhornPointsResult | tuple[Tensor, Tensor] | None = None,
     momentum: float = 1.0,
     lengths: tuple[Tensor | int | None, Tensor | int | None] | None = None,
+    gradient: str = "auto",
     validate: bool | None = None,
 ) -> SinkhornPointsResult:
     r"""Entropic optimal transport between two clouds of points, in O((n + m) d) memory.
@@ -344,13 +358,15 @@ def sinkhorn_points(
         reach: a length: the marginals are soft, rho = reach^p with p = 2 for squares and 1 otherwise; a pair for
             each side, None for a hard one.
         epsilon_scaling: one iteration at each of decreasing epsilons before the target: a list of them, or
-            (start, ratio) for start, start * ratio, ...
+            (start, ratio) for start, start * ratio, ...; a number is a start, with ratio 0.5.
         init: potentials (f, g) or an earlier result to start from; not differentiated.
         momentum: over-relaxation of both updates, in (0, 2); 1 is plain Sinkhorn. 1.5 to 1.9 takes fewer
             iterations at a small epsilon; it may not converge from a poor start.
         lengths: (numbers of points in x, in y), integer tensors of the batch's shape (or an int, or None for all)
             of padded clouds: what lies behind is neither read nor weighed, its potentials are 0; uniform
             marginals are uniform over the points there are. A problem without points has cost 0.
+        gradient: "auto": envelope for `cost`, implicit for everything else. "unrolled": autograd through the
+            iterations of the reference, which holds n x m matrices of each (for comparison). "none".
         validate: check values (NaN, negative weights, totals, lengths) and raise. None: on for CPU tensors in
             eager mode, off elsewhere. Without it a bad batch item has NaN potentials and converged = False.
 
@@ -380,6 +396,7 @@ def sinkhorn_points(
         raise ValueError(f"momentum: expected a number in (0, 2), got {momentum!r}")
     _count("max_iterations", max_iterations)
     _count("check_every", check_every)
+    _check.choice("gradient", gradient, GRADIENTS)
     _check.choice("validate", validate, (None, True, False))
     rho_a, rho_b = rhos_of(reach, cost)
     epsilons = _schedule(epsilon_scaling, epsilon)
@@ -413,7 +430,10 @@ def sinkhorn_points(
             rho_a < 0 and rho_b < 0,
         )  # fmt: skip
     code = code_of(cost)
-    f, g, value, iterations, error, converged = solve_points(
+    if gradient == "none":
+        flat_x, flat_y, flat_a, flat_b = (t.detach() for t in (flat_x, flat_y, flat_a, flat_b))
+    unrolled = gradient == "unrolled" and needs_graph(flat_x, flat_y, flat_a, flat_b)
+    f, g, value, iterations, error, converged = (points_reference if unrolled else solve_points)(
         flat_x, flat_y, flat_a, flat_b, f0, g0, code, epsilons, rho_a, rho_b, momentum,
         max_iterations, tolerance, check_every,
     )  # fmt: skip

@@ -15,6 +15,11 @@ from .plan_apply import plan_apply
 from .plan_sums import plan_cost, plan_marginals
 
 
+def _fits(shape: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Equal, number by number: torch.compile takes a tuple of symbols and one of numbers for different."""
+    return len(shape) == len(expected) and all(m == n for m, n in zip(shape, expected))
+
+
 @dataclass(frozen=True)
 class SinkhornResult:
     r"""Potentials, value and state of a Sinkhorn solve; the plan on request.
@@ -90,8 +95,10 @@ class SinkhornResult:
         """P v for side 1, P^T v for side 0."""
         _check.tensor("v", v, min_dim=1)
         batch, count = tuple(self.f.shape[:-1]), (self.f, self.g)[side].shape[-1]
-        vector = v.shape in ((*batch, count), (count,))
-        if not vector and v.shape[:-1] not in ((*batch, count), (count,)):
+        vector = _fits(v.shape, (*batch, count)) or _fits(v.shape, (count,))
+        if not vector and not (
+            _fits(v.shape[:-1], (*batch, count)) or _fits(v.shape[:-1], (count,))
+        ):
             raise ValueError(
                 f"v: expected shape {(*batch, count)} or {(*batch, count, 'd')}, got {tuple(v.shape)}"
             )

@@ -43,6 +43,7 @@ from .._route import needs_graph, use_reference
 from .plan import transforms_active
 
 _op = torch.ops.solera
+RIDGE = 1e-12
 
 
 # ---- reference ---------------------------------------------------------------------------------------
@@ -290,8 +291,9 @@ def _curvature(p: Tensor, weight: Tensor) -> Tensor:
 
 
 def _solve_curvature(h: Tensor, right: Tensor) -> Tensor:
-    # A class that no row's probability tells apart leaves H singular: the ridge moves nothing then.
-    ridge = torch.finfo(h.dtype).eps * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    # Classes that no row's probability tells apart leave H singular: the ridge, above the rounding of its entries
+    # (of 1 and below), moves nothing then.
+    ridge = RIDGE * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     factor, failed = torch.linalg.cholesky_ex(h + ridge)
     y = torch.cholesky_solve(right.unsqueeze(-1), factor).squeeze(-1)
     return torch.where(failed.unsqueeze(-1) != 0, torch.nan, y)
@@ -313,6 +315,8 @@ class _Match(torch.autograd.Function):
             return (None,) * 5
         p, weight = ctx.saved_tensors
         wide = p.to(torch.float64)
+        # Rows rounded to p's dtype do not sum to one, which would leave H indefinite where they are near 0 or 1.
+        wide = wide / torch.where(wide > 0, wide, 0.0).sum(-1, keepdim=True).clamp_min(1e-9)
         w = weight.to(torch.float64)
         right = torch.zeros_like(wide[:, 0])
         if da is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import accumulate_type
+from .._route import full_precision
 from ..norm.grad_scale import grad_scale
 
 ACTIVATIONS = ("sigmoid", "softmax")
@@ -28,13 +29,16 @@ class SlotState(NamedTuple):
     total: Tensor
 
 
-def _shares(scores: Tensor, activation: str, valid: Tensor | None) -> Tensor:
-    """W of (..., K, N) scores in float32 (float64): in logarithms, so that no slot sum can vanish."""
+def _logits(scores: Tensor, activation: str) -> Tensor:
+    """Logarithms of the activated scores in float32 (float64), so that no slot sum can vanish."""
     _check.choice("activation", activation, ACTIVATIONS)
     s = scores.to(accumulate_type(scores))
-    shares = torch.softmax(F.logsigmoid(s) if activation == "sigmoid" else s, -2)
+    return F.logsigmoid(s) if activation == "sigmoid" else s
+
+
+def _without_padding(t: Tensor, valid: Tensor | None, scores: Tensor, padding: float) -> Tensor:
     if valid is None:
-        return shares
+        return t
     if not isinstance(valid, Tensor) or valid.dtype != torch.bool:
         came = valid.dtype if isinstance(valid, Tensor) else type(valid).__name__
         raise TypeError(f"valid: expected a bool tensor, got {came}")
@@ -44,7 +48,7 @@ def _shares(scores: Tensor, activation: str, valid: Tensor | None) -> Tensor:
             f"valid: expected shape {expected} to go with scores of shape {tuple(scores.shape)}, "
             f"got {tuple(valid.shape)}"
         )
-    return torch.where(valid.unsqueeze(-2), shares, 0.0)
+    return torch.where(valid.unsqueeze(-2), t, padding)
 
 
 def slot_normalize(
@@ -68,14 +72,14 @@ def slot_normalize(
     Approximation", 2023; Locatello et al., "Object-Centric Learning with Slot Attention", 2020 (softmax).
     """
     _check.tensor("scores", scores, min_dim=2)
-    shares = _shares(scores, activation, valid)
-    return _divided(shares, shares.sum(-1, keepdim=True)).to(scores.dtype)
+    # Logarithms throughout: a slot that every element all but ignores is normalised as any other one.
+    shares = torch.log_softmax(_logits(scores, activation), -2)
+    shares = _without_padding(shares, valid, scores, -torch.inf)
+    none = (shares == -torch.inf).all(-1, keepdim=True)
+    return torch.where(none, 0.0, torch.where(none, 0.0, shares).softmax(-1)).to(scores.dtype)
 
 
-def _divided(shares: Tensor, total: Tensor) -> Tensor:
-    return shares / torch.where(total == 0, 1.0, total)
-
-
+@full_precision
 def slot_accumulate(
     queries: Tensor,
     keys: Tensor,
@@ -122,8 +126,11 @@ def slot_accumulate(
         )
     factor = queries.shape[-1] ** -0.5 if scale is None else _check.number("scale", scale)
     gradient_scale = _check.number("gradient_scale", gradient_scale)
-    shares = _shares(queries @ keys.transpose(-1, -2) * factor, activation, valid)
-    weighted, total = shares @ values.to(shares.dtype), shares.sum(-1)
+    # Scores in float32: in half precision their products may overflow.
+    q, k, v = (t.to(accumulate_type(queries)) for t in (queries, keys, values))
+    scores = q @ k.transpose(-1, -2) * factor
+    shares = _without_padding(torch.softmax(_logits(scores, activation), -2), valid, scores, 0.0)
+    weighted, total = shares @ v, shares.sum(-1)
     if gradient_scale == 0:
         weighted, total = weighted.detach(), total.detach()
     elif gradient_scale != 1:
@@ -142,11 +149,14 @@ def slot_accumulate(
 def slot_finalize(state: SlotState) -> Tensor:
     """The slots' values: weighted sums over their totals, `slot_normalize`'s attention applied to the whole set.
 
-    Shapes: weighted (..., K, E), total (..., K) -> (..., K, E). A slot that saw nothing gets zeros.
+    Shapes: weighted (..., K, E), total (..., K) -> (..., K, E). A slot that saw nothing gets zeros; so does one whose
+    total is below what can be divided by (1e-36, or 1e-306 in float64).
 
     Raises:
         TypeError: state is no SlotState.
     """
     if not isinstance(state, SlotState):
         raise TypeError(f"state: expected a SlotState, got {type(state).__name__}")
-    return _divided(state.weighted, state.total.unsqueeze(-1))
+    total = state.total.unsqueeze(-1)
+    some = total > 100 * torch.finfo(total.dtype).tiny
+    return torch.where(some, state.weighted / torch.where(some, total, 1.0), 0.0)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from .._registry import reference
-from .._route import needs_graph, use_reference
+from .._route import full_precision, needs_graph, use_reference
 from .streaming_apply import apply_density, cost_gradient, cost_matrix, density
 
 _op = torch.ops.solera
@@ -272,6 +272,7 @@ def points_adjoint(x, y, a, b, f, g, du, dv, cost, epsilon, rho_a, rho_b):
     return torch.stack((lam, a), -1), torch.stack((b, mu), -1), da, db
 
 
+@full_precision
 def _whole_adjoint(x, y, a, b, f, g, du, dv, cost, epsilon, rho_a, rho_b):
     """(dx, dy, da, db) from n x m matrices, differentiable: the second derivatives of the potentials."""
     damp_a, damp_b = damping(epsilon, rho_a), damping(epsilon, rho_b)

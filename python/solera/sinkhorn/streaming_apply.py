@@ -23,7 +23,7 @@ from torch import Tensor
 
 from .._autograd import differentiable_vjp
 from .._registry import reference
-from .._route import needs_graph, use_reference
+from .._route import full_precision, needs_graph, use_reference
 from .plan import transforms_active
 
 _op = torch.ops.solera
@@ -34,6 +34,7 @@ SQUARE, HALF_SQUARE, DOT, DISTANCE, CITY = range(5)
 _COLUMNS = 256  # of v, at most, in one product of a gradient
 
 
+@full_precision
 def cost_matrix(x: Tensor, y: Tensor, cost: int) -> Tensor:
     """C (batch, n, m) of x (batch, n, d) and y (batch, m, d): what is never stored elsewhere."""
     if cost == DOT:
@@ -64,6 +65,7 @@ def density(x: Tensor, y: Tensor, f: Tensor, g: Tensor, cost: int, epsilon: floa
     return torch.exp(exponent.clamp(max=math.log(torch.finfo(x.dtype).max) - 1))
 
 
+@full_precision
 def apply_reference(x, y, f, g, v, cost, epsilon, power, signs):
     """The op, from the whole matrix; x (batch, n, d), y (batch, m, d), f (batch, n), v (batch, m, k)."""
     w = density(x, y, f, g, cost, epsilon)
@@ -147,6 +149,7 @@ def apply_density(
     return _run(x, y, f, g, v, cost, epsilon, power)
 
 
+@full_precision
 def _whole_cost_gradient(x, y, f, g, w, v, cost, epsilon, power):
     """`cost_gradient` from n x m matrices, differentiable: for costs whose second derivative does not stream."""
     x = x if x.requires_grad else x.detach().requires_grad_()
@@ -189,6 +192,10 @@ def cost_gradient(
         left, right = x, y
     factor = {SQUARE: 2.0, HALF_SQUARE: 1.0, DOT: 1.0, DISTANCE: 1.0}[cost]
     inner = power - 1 if cost == DISTANCE else power
+    if cost == DISTANCE:
+        # Between two points without weight E is bounded by nothing, and E over a small distance is inf: times 0, NaN.
+        least = -f.detach().amax(-1, keepdim=True) - 800 * epsilon
+        g = torch.where((v == 0).all(-1), torch.minimum(g.detach(), least), g)
     total = torch.zeros_like(x)
     for begin in range(0, k, max(1, _COLUMNS // (d + 1))):
         part = slice(begin, begin + max(1, _COLUMNS // (d + 1)))

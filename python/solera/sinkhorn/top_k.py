@@ -4,9 +4,11 @@ Transport of n points of mass 1 to bins of mass k and n - k at cost $-x_i$ and 0
 
 $$y_i = \sigma\bigl((x_i - t)/\varepsilon\bigr),\qquad t : \sum_i y_i = k .$$
 
-t lies between min x - c and max x - c, $c = \varepsilon\,\mathrm{logit}(k/n)$, and bisection halves that. The
-vector-Jacobian product needs y alone: with $v = y(1 - y)/\varepsilon$,
-$\mathrm dx = v g - v\,\langle v, g\rangle / \sum v$.
+With p the j-th largest x, j = ceil(k), and q the next one, $s = (t - p)/\varepsilon$ is at most
+$\log((n - k)/(k - j + 1))$, and at least $-\log(k/(j - k))$ and $-(p - q)/\varepsilon - \log(k/(j + 1 - k))$:
+j values are p or more and n - j + 1 are p or less (j + 1 are q or more). Bisection of s, and not of t, keeps a
+threshold that lies between two neighbours of the dtype. The vector-Jacobian product needs y alone: with
+$v = y(1 - y)/\varepsilon$, $\mathrm dx = v g - v\,\langle v, g\rangle / \sum v$.
 """
 
 from __future__ import annotations
@@ -20,22 +22,38 @@ from .. import _check
 from .._registry import accumulate_type
 from .plan import transforms_active
 
+APART = 200.0  # of p and q, in epsilons, from where all k are 1 and all others 0
+
 
 def _steps(x: Tensor) -> int:
-    """Halvings after which the bracket is a last place of its ends."""
-    return 60 if x.dtype == torch.float64 else 32
+    """Halvings after which the bracket, a few hundred wide, is a last place of what decides."""
+    return 60 if x.dtype == torch.float64 else 36
+
+
+def _place(x: Tensor, count: int) -> Tensor:
+    """The count-th largest of x (..., n), (..., 1); where kthvalue is refused as not deterministic, by sorting."""
+    if x.device.type != "cpu":
+        return x.sort(-1, descending=True).values[..., count - 1 : count]
+    return x.kthvalue(x.shape[-1] - count + 1, dim=-1, keepdim=True).values
 
 
 def _selected(x: Tensor, k: float, epsilon: float) -> Tensor:
     """y of x (..., n) in the dtype that is computed in."""
-    n = x.shape[-1]
-    c = epsilon * math.log(k / (n - k))
-    low, high = x.amin(-1, keepdim=True) - c, x.amax(-1, keepdim=True) - c
+    n, j = x.shape[-1], math.ceil(k)
+    p = torch.where(x.isnan().any(-1, keepdim=True), torch.nan, _place(x, j))
+    d = x - p
+    z = torch.where(d == 0, 0.0, d / epsilon)  # epsilon may be 0 in this dtype
+    high = torch.full_like(p, math.log((n - k) / (k - (j - 1))))
+    low = torch.full_like(p, -math.log(k / (j - k)) if j > k else -math.inf)
+    if j < n:
+        apart = -(_place(z, j + 1)).clamp(min=-APART)
+        low = torch.maximum(low, -apart - max(math.log(k / (j + 1 - k)), 0.0))
+    low, high = low - 1.0, high + 1.0  # rounding
     for _ in range(_steps(x)):
         middle = low + (high - low) / 2
-        above = torch.sigmoid((x - middle) / epsilon).sum(-1, keepdim=True) > k
+        above = torch.sigmoid(z - middle).sum(-1, keepdim=True) > k
         low, high = torch.where(above, middle, low), torch.where(above, high, middle)
-    return torch.sigmoid((x - (low + (high - low) / 2)) / epsilon)
+    return torch.sigmoid(z - (low + (high - low) / 2))
 
 
 class _TopK(torch.autograd.Function):
@@ -51,11 +69,11 @@ class _TopK(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (y,) = ctx.saved_tensors
-        v = y * (1 - y) / ctx.epsilon
+        v = y * (1 - y)
         total = v.sum(-1, keepdim=True)
-        vg = v * grad
-        mean = vg.sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total)
-        return vg - v * mean, None, None
+        mean = (v * grad).sum(-1, keepdim=True) / torch.where(total == 0, 1.0, total)
+        # An epsilon below the dtype's range would give 0 / 0 where y is 0 or 1.
+        return v * (grad - mean) / max(ctx.epsilon, torch.finfo(y.dtype).tiny), None, None
 
 
 def soft_top_k(x: Tensor, k: float, *, epsilon: float = 0.1, largest: bool = True) -> Tensor:

@@ -69,8 +69,9 @@ def conditional_entropy(joint: Tensor) -> Tensor:
     _check.tensor("joint", joint, min_dim=2)
     rows = joint.sum(-1, keepdim=True)
     some = joint > 0
-    ratio = torch.where(some, joint, 1.0) / torch.where(some, rows.expand_as(joint), 1.0)
-    return -(joint * ratio.log()).sum((-2, -1))
+    # A difference of logarithms: the ratio itself may underflow.
+    part = torch.where(some, joint, 1.0).log() - torch.where(some, rows.expand_as(joint), 1.0).log()
+    return -(joint * part).sum((-2, -1))
 
 
 def _labels(name: str, value: Tensor, count: int, classes: int | None, device: Any) -> int:
