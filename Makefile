@@ -1,7 +1,7 @@
 # make bench            everything it needs into .venv, then the benchmark (QUICK=1: the short form)
 # make test             the tests on the C++ kernels, then those of the cores on the Triton kernels, interpreted
-# make sanitize         the tests on a library built with AddressSanitizer and UBSan
-# make isa              the tests on narrower vectors than this machine's, and on a build without any (aarch64)
+# make sanitize         the tests on a library built with AddressSanitizer and UBSan, as other processors get it
+# make isa              the tests of the cores on narrower vectors than this machine's, down to none
 # make aot              every Triton kernel compiled for GPUs that are not here, with its registers
 # make check | format   ruff, clang-format, mypy | ruff and clang-format, in place
 # make dist             sdist and wheel into dist/, installed and imported once

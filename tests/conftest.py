@@ -48,6 +48,9 @@ def opcheck_traced_once(op, args, kwargs=None, **options):
 torch.library.opcheck = opcheck_traced_once
 
 if os.environ.get("TRITON_INTERPRET") == "1":
+    import interpreter
+
+    interpreter.remember_builtins()
     # One random direction instead of every element: each element costs a run of the kernel.
     torch.autograd.gradcheck = functools.partial(torch.autograd.gradcheck, fast_mode=True)
     # Whether an op traces is its fake's matter, not the kernel's: what is left is whether the two agree.

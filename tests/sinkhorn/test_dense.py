@@ -125,7 +125,7 @@ def test_one_point_and_no_coupling():
     order = torch.randperm(5)
     cost = 1.0 + torch.rand(5, 5, dtype=torch.float64, device=DEVICE)
     cost[torch.arange(5), order] = 0.0
-    plan = sinkhorn(cost, epsilon=1e-3, max_iterations=500).plan()
+    plan = sinkhorn(cost, epsilon=1e-3, max_iterations=50).plan()
     assert torch.equal(plan.argmax(-1).cpu(), order)
     torch.testing.assert_close(
         plan.max(-1).values, torch.full((5,), 0.2, dtype=torch.float64, device=DEVICE)
@@ -157,11 +157,12 @@ def tall_and_wide(shape):
     ]
 
 
-# Backward is one composition whatever solved the forward: interpreted, all outputs at once are enough.
+# Backward is one composition whatever solved the forward: interpreted, all outputs of a batch at once are enough.
 CHECKED = ["all"] if INTERPRETED else list(OUTPUTS)
+CHECKED_SHAPES = [(2, 3, 3)] if INTERPRETED else [(3, 4), (5, 3), (2, 3, 3)]
 
 
-@pytest.mark.parametrize("shape", [(3, 4), (5, 3), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize("shape", CHECKED_SHAPES, ids=str)
 @pytest.mark.parametrize("output", CHECKED)
 def test_gradcheck(output, shape):
     def f(cost, a, b):
@@ -224,7 +225,7 @@ def test_gradients_in_float32_and_half():
 
 def test_some_inputs_frozen():
     cost, a, b = problem(6, 4, dtype=torch.float64, grad=True)
-    options = {"epsilon": 0.2, "max_iterations": 200}
+    options = {"epsilon": 0.2, "max_iterations": 40}
     full = torch.autograd.grad(sinkhorn(cost, a, b, **options).f.square().sum(), (cost, a, b))
     for k in range(3):
         tensors = [t.detach() for t in (cost, a, b)]
@@ -236,8 +237,9 @@ def test_some_inputs_frozen():
 def test_shared_marginal_gets_the_sum_of_gradients():
     cost, a, b = problem(3, 6, 4, dtype=torch.float64)
     a, b = a[0].requires_grad_(), b[0]
-    (da,) = torch.autograd.grad(sinkhorn(cost, a, b, epsilon=0.2).cost.sum(), a)
-    each = [sinkhorn(c, a, b, epsilon=0.2).f.detach() for c in cost]
+    options = {"epsilon": 0.2, "max_iterations": 20}
+    (da,) = torch.autograd.grad(sinkhorn(cost, a, b, **options).cost.sum(), a)
+    each = [sinkhorn(c, a, b, **options).f.detach() for c in cost]
     torch.testing.assert_close(da, sum(each))
 
 
@@ -344,7 +346,9 @@ def test_layouts():
     assert torch.isfinite(x).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "dtype", [torch.float32] if INTERPRETED else [torch.float64, torch.float32], ids=str
+)
 @pytest.mark.parametrize("bad", ["nan", "row", "column", "-inf", "a", "a nan", "zero"])
 def test_a_bad_problem_stays_in_its_batch_item(bad, dtype):
     cost, a, b = problem(3, 20, 21, dtype=dtype)
