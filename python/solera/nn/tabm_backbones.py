@@ -89,7 +89,19 @@ class MLPBackbone(_Blocks):
 
 
 class MLPBackboneEnsembleBase(_Blocks):
-    """What the ensembles of k perceptrons have in common; `tabm.MLPBackboneEnsembleBase`."""
+    """What the ensembles of k perceptrons have in common.
+
+    Args:
+        k: the number of members.
+        kwargs: as `MLPBackbone`.
+
+    Shapes: x (B, k, d_in) -> (B, k, d_block).
+
+    Raises:
+        ValueError: sizes that are not positive, or an unknown activation.
+
+    Source: `tabm.MLPBackboneEnsembleBase` (Gorishniy et al., "TabM", ICLR 2025).
+    """
 
     def __init__(self, *, k: int, **kwargs: Any) -> None:
         self._k = _positive("k", k)  # first: the layers are made with it
