@@ -205,9 +205,10 @@ def test_finite_in_the_whole_range_of_epsilon(shape, epsilon):
 
 
 @pytest.mark.no_interpreter
-def test_compile_apply_of_a_constant():
+@pytest.mark.parametrize("method", ("apply", "barycentric_projection"))
+def test_compile_with_a_constant(method):
     """Its size is a number where the plan's is a symbol."""
-    f = lambda cost: sinkhorn(cost, epsilon=0.3).apply(torch.ones(5, device=DEVICE))
+    f = lambda cost: getattr(sinkhorn(cost, epsilon=0.3), method)(torch.ones(5, 3, device=DEVICE))
     cost = torch.rand(2, 6, 5, device=DEVICE)
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
     torch.testing.assert_close(compiled(cost), f(cost))

@@ -144,7 +144,7 @@ class SinkhornResult:
         """
         _check.tensor("y", y, min_dim=2)
         batch, m = tuple(self.f.shape[:-1]), self.g.shape[-1]
-        if y.shape[:-1] not in ((*batch, m), (m,)):
+        if not _fits(y.shape[:-1], (*batch, m)) and not _fits(y.shape[:-1], (m,)):
             raise ValueError(f"y: expected shape {(*batch, m, 'd')}, got {tuple(y.shape)}")
         _check.like("y", y, tuple(y.shape), self._problem[0], "the plan")
         y = y.to(self._problem[0].dtype)
