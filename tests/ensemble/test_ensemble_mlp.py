@@ -165,7 +165,10 @@ def test_blocks_of_registers_and_what_is_left_of_them(batch, out_first):
         got = y, *torch.autograd.grad(y, tensors, dy)
         want = whole(eager, double(*tensors), "relu", None, dy=dy.double())
         for a, b in zip(got, want, strict=True):
-            torch.testing.assert_close(a, b.float(), rtol=1e-5, atol=1e-5)
+            # A weight's gradient is a sum over the batch whose terms may cancel: its rounding is of that sum's size.
+            torch.testing.assert_close(
+                a, b.float(), rtol=1e-5, atol=1e-5 * max(1, batch / 64) ** 0.5
+            )
 
 
 def test_float32_parameters_with_half_input():
