@@ -31,6 +31,8 @@ values="$memory and not gradgrad and not gradcheck and not bad_ and not pickle"
 copy() {
   mkdir -p "build/$1"
   (cd "build/$1" && find . -mindepth 1 -maxdepth 1 ! -name build -exec rm -rf {} +)
+  mkdir "build/$1/docs"
+  cp -a docs/*.md "build/$1/docs/"  # tests run the calls they print
   cp -a csrc python tests setup.py pyproject.toml README.md LICENSE "build/$1/"
   rm -rf "build/$1"/python/solera/_[Ci]*.so "build/$1/python/solera/triton_kernels"
   cp -a triton_kernels "build/$1/python/solera/triton_kernels"

@@ -148,9 +148,9 @@ SOLERA_INLINE vd fast_exp2(vd x) {
 }
 
 // log2 of positive normal numbers: x = 2^e m with m in [sqrt(1/2), sqrt(2)), log m = 2
-// atanh((m-1)/(m+1)).
+// atanh((m-1)/(m+1)). Others give some number: their bits less those of sqrt(1/2) may wrap around.
 SOLERA_INLINE vf fast_log2(vf x) {
-  vi bits = bits_as<vi>(x) - 0x3f3504f3;
+  vi bits = (vi)(bits_as<vu>(x) - 0x3f3504f3u);
   vf e = __builtin_convertvector(bits >> 23, vf);
   vf m = bits_as<vf>((bits & 0x7fffff) + 0x3f3504f3);
   vf s = (m - 1.0f) / (m + 1.0f), q = s * s;
@@ -160,8 +160,9 @@ SOLERA_INLINE vf fast_log2(vf x) {
   p = p * q + 2.0f;
   return e + p * s * 1.44269504088896341f;
 }
+typedef uint64_t vul __attribute__((vector_size(SOLERA_VECTOR_BYTES)));
 SOLERA_INLINE vd fast_log2(vd x) {
-  vl bits = bits_as<vl>(x) - 0x3fe6a09e667f3bcdll;
+  vl bits = (vl)(bits_as<vul>(x) - 0x3fe6a09e667f3bcdull);
   vd e = __builtin_convertvector(bits >> 52, vd);
   vd m = bits_as<vd>((bits & 0xfffffffffffffll) + 0x3fe6a09e667f3bcdll);
   vd s = (m - 1.0) / (m + 1.0), q = s * s, p = splat(2.0 / 23);

@@ -216,7 +216,8 @@ std::tuple<Tensor, Tensors> mlp_forward(const Tensor& x_in, const Tensors& weigh
       const int64_t count = begin + n.rows < n.items ? n.rows : n.items - begin;
       const int64_t padded = n.padded(count), from = group * of_group;
       void* sum = e.at_real(parts.mutable_data_ptr(), (group * n.items + begin) * n.out());
-      if (from >= n.members) std::memset(sum, 0, size_t(count * n.out() * e.real_size));
+      if (from >= n.members && n.out() > 0)
+        std::memset(sum, 0, size_t(count * n.out() * e.real_size));
       for (int64_t k = from; k < from + of_group && k < n.members; ++k) {
         void *here = one.mutable_data_ptr(), *next = two.mutable_data_ptr();
         Matrix left = n.input(xp, k, begin, count, padded, here);
@@ -313,7 +314,7 @@ struct MlpBackward {
   void* bias_sums(int64_t l, int64_t k, int64_t piece, bool first) const {
     if (!need_parameters) return nullptr;
     void* row = n.e.at_real(db[l].mutable_data_ptr(), (piece * n.members + k) * n.widths[l + 1]);
-    if (first) std::memset(row, 0, size_t(n.widths[l + 1] * n.e.real_size));
+    if (first && n.widths[l + 1] > 0) std::memset(row, 0, size_t(n.widths[l + 1] * n.e.real_size));
     return row;
   }
   // Whether a product in registers can multiply its result by the derivative of a layer's

@@ -87,7 +87,7 @@ struct Forest {
   static void scatter(const int32_t* index, const void* dy, void* out, const ForestShape& n,
                       int64_t begin, int64_t end) {
     const int64_t O = n.outputs, step = n.leaves * O;
-    memset((Real*)out + begin * step, 0, size_t((end - begin) * step) * sizeof(Real));
+    if (step > 0) memset((Real*)out + begin * step, 0, size_t((end - begin) * step) * sizeof(Real));
     for (int64_t b = 0; b < n.rows; ++b) {
       const int32_t* at = index + b * n.trees;
       strips<L>(O, [&](int64_t o, int c) {

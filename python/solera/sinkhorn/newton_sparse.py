@@ -19,10 +19,9 @@ dual variable is fixed: the constant that can move between f and g is left to th
 with one variable grounded stalls.
 
 **Solve.** On a CPU conjugate gradients with the heaviest spanning forest as preconditioner (about 20 iterations to
-1e-6 where the diagonal alone takes 300, or never ends), no further than the step can gain; on a GPU conjugate
-gradients on the Schur complement $\mathrm{diag}\,q - S^\top\mathrm{diag}(1/p)\,S$ with its own diagonal, which needs
-no tree and some more iterations; in the reference a Cholesky factor of it. A relative
-`shift` of 1e-13 keeps modes finite in which blocks of the plan exchange less than that.
+1e-6 where the diagonal alone takes 300, or never ends), no further than the step can gain; on a GPU likewise on the
+Schur complement $\mathrm{diag}\,q - S^\top\mathrm{diag}(1/p)\,S$ with its own diagonal and no tree; in the reference a
+Cholesky factor of that. A relative `shift` of 1e-13 keeps modes finite in which blocks exchange less than that.
 
 **Truncation.** Convergence follows the mass that S drops: above 1e-3, or where two steps in a row gain less than a
 factor of two, keep_per_row is doubled, up to the whole plan where the shorter side allows that (2048): then the

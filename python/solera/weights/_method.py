@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,16 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 _BOUNDS: dict[str, dict[str, float]] = {
     "t": {}, "scale": {}, "colinear": {"low": 0.0, "high": 1.0}, "epsilon": {"low": 0.0, "high": 0.5},
 }  # fmt: skip
+
+
+def module(name: str):
+    """A module of solera.weights, which itself imports the methods."""
+    return importlib.import_module(f"solera.weights.{name}")
+
+
+def function(name: str):
+    """A function of solera.weights, likewise."""
+    return getattr(importlib.import_module("solera.weights"), name)
 
 
 def numbers(owner: object, name: str) -> None:

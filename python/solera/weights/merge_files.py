@@ -24,6 +24,7 @@ from ._progress import Callback, progress_bar
 from ._ring import compiled
 from ._rules import Rules, checked_rules
 from ._safetensors import NAMES
+from ._sizes import size_in_bytes
 from ._stream import Stream
 from ._target import Target
 from .methods import Method
@@ -212,7 +213,7 @@ def _make_plan(
         items=items,
         files=files,
         metadata=metadata,
-        budget=_plan.size_in_bytes(max_memory),
+        budget=size_in_bytes(max_memory),
         notes=notes,
         compiled=not isinstance(compiled(), str),
         exact=exact,

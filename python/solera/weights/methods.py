@@ -10,7 +10,6 @@ Shapes: any; the result has the shape of its inputs.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,24 +20,13 @@ from torch import Tensor
 
 from .. import _check
 from .._registry import compiled_library
-from ._method import Method, Numbers, numbers, options, shares, widened, within
+from ._method import Method, Numbers, function, module, numbers, options, shares, widened
+from ._task_vectors import Breadcrumbs, Dare, Della, Ties
 
-
-def _function(name: str):
-    """A function of solera.weights, which itself imports this module."""
-    return getattr(importlib.import_module("solera.weights"), name)
-
-
-def _geometry():
-    return importlib.import_module("solera.weights.geometry")
-
-
-def _sweeps():
-    return importlib.import_module("solera.weights._sweeps")
-
-
-def _sparse():
-    return importlib.import_module("solera.weights.sparse_merges")
+__all__ = [
+    "Breadcrumbs", "Copy", "Dare", "Della", "FromBase", "Karcher", "Linear", "Method", "ModelStock", "MultiSlerp",
+    "Same", "Slerp", "TaskArithmetic", "Ties",
+]  # fmt: skip
 
 
 # ---- elementwise -------------------------------------------------------------------------------------
@@ -100,8 +88,8 @@ class TaskArithmetic(Method):
 
 def _lincomb(tensors, coefficients, base, out_dtype, out):
     if out is None:
-        return _function("lincomb")(tensors, coefficients, base=base, out_dtype=out_dtype)
-    return _function("lincomb")(tensors, coefficients, base=base, out=out)
+        return function("lincomb")(tensors, coefficients, base=base, out_dtype=out_dtype)
+    return function("lincomb")(tensors, coefficients, base=base, out=out)
 
 
 @dataclass(frozen=True)
@@ -194,11 +182,11 @@ class Geometric(Method):
         return 2 if getattr(self, "dim", None) is None else 1
 
     def study(self, name, shape, count, wide, seed):
-        return _sweeps().Dots(self)
+        return module("_sweeps").Dots(self)
 
     def study_bytes(self, count, elements):
         # The dots of each chunk, as sums and as matrices.
-        return -(-elements // _sweeps().CHUNK) * 16 * (count + 1) ** 2
+        return -(-elements // module("_sweeps").CHUNK) * 16 * (count + 1) ** 2
 
     def vectors(
         self, tensors: Sequence[Tensor], base: Tensor | None, out_dtype: torch.dtype | None
@@ -221,7 +209,7 @@ class Geometric(Method):
         """A part of the merged tensor, with the dots (1, K, K) of all of it, written to `out` or not."""
         vectors, around = self.vectors(tensors, base, out.dtype)
         c = self.coefficients(dots).mT.contiguous()
-        return _function("lincomb")(vectors, c, base=around, out=out)
+        return function("lincomb")(vectors, c, base=around, out=out)
 
 
 @dataclass(frozen=True)
@@ -248,11 +236,11 @@ class Slerp(Geometric):
         return widened(ends, None, out_dtype)
 
     def coefficients(self, dots):
-        return _geometry().slerp_coefficients(dots, float(self.t), float(self.colinear))
+        return module("geometry").slerp_coefficients(dots, float(self.t), float(self.colinear))
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         (a, b), _ = self.vectors(tensors, base, out_dtype)
-        return _function("slerp")(a, b, self.t, dim=self.dim, colinear=self.colinear)
+        return function("slerp")(a, b, self.t, dim=self.dim, colinear=self.colinear)
 
 
 @dataclass(frozen=True)
@@ -266,11 +254,11 @@ class MultiSlerp(Geometric):
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         tensors, _ = widened(tensors, None, out_dtype)
-        return _function("multi_slerp")(tensors, self._mean_weights(len(tensors)))
+        return function("multi_slerp")(tensors, self._mean_weights(len(tensors)))
 
     def coefficients(self, dots):
         w = dots.new_tensor(self._mean_weights(dots.shape[-1]))
-        return _geometry().sphere_mean(dots, w, 1, 0.0)
+        return module("geometry").sphere_mean(dots, w, 1, 0.0)
 
 
 @dataclass(frozen=True)
@@ -284,10 +272,10 @@ class Karcher(Geometric):
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         tensors, _ = widened(tensors, None, out_dtype)
-        return _function("karcher_mean")(tensors, self._mean_weights(len(tensors)))
+        return function("karcher_mean")(tensors, self._mean_weights(len(tensors)))
 
     def coefficients(self, dots):
-        w, found = dots.new_tensor(self._mean_weights(dots.shape[-1])), _geometry()
+        w, found = dots.new_tensor(self._mean_weights(dots.shape[-1])), module("geometry")
         return found.sphere_mean(dots, w, found.KARCHER_STEPS, found.KARCHER_TOLERANCE)
 
 
@@ -306,7 +294,7 @@ class ModelStock(Geometric):
 
     def merge_part(self, tensors, base, dots, out):
         tensors, base = self.vectors(tensors, base, out.dtype)
-        part = importlib.import_module("solera.weights.model_stock").stock_part
+        part = module("model_stock").stock_part
         return part(base, tensors, dots)
 
     def scratch(self, count):
@@ -320,218 +308,5 @@ class ModelStock(Geometric):
 
     def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
         tensors, base = self.vectors(tensors, base, out_dtype)
-        merged, _ = _function("model_stock")(base, tensors, dim=self.dim)
+        merged, _ = function("model_stock")(base, tensors, dim=self.dim)
         return merged
-
-
-# ---- task vectors, trimmed or thinned ----------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _TaskVectors(Method):
-    uses_base: ClassVar[bool] = True
-
-    def scratch(self, count):
-        return 1.0 if compiled_library is not None else 8.0 * count
-
-    def __post_init__(self):
-        numbers(self, "weights")
-        within("density", getattr(self, "density"), 0.0, 1.0)  # noqa: B009
-        within("gamma", getattr(self, "gamma", 0.0), 0.0, 1.0)
-        options(self)
-
-    def _voted(self) -> dict:
-        """How a part is merged, as the whole function takes it."""
-        elect = getattr(self, "elect", None) or getattr(self, "consensus", None)
-        options = {"elect": elect, "weigh": getattr(self, "weigh", "before")}
-        divide = getattr(self, "divide", None)
-        return {**options, "divide": divide, "scale": getattr(self, "scale")}  # noqa: B009
-
-    def _drawn(self, function, name, tensors, base, out_dtype, seed, options, **more):
-        """By name, as state dicts of one entry, since masks are drawn by name."""
-        tensors, base = widened(tensors, base, out_dtype)
-        numbers = (self._mean_weights(len(tensors)), getattr(self, "density"))  # noqa: B009
-        chosen = {key: getattr(self, key) for key in options}
-        named = [{name: t} for t in tensors]
-        return _function(function)({name: base}, named, *numbers, seed=seed, **chosen, **more)[name]
-
-
-# Counts of 16 bits for one rank: their sum so far, what a part adds, the running sum.
-_RANK_BYTES = 3 * 8 << 16
-
-
-def _rank_sweeps(wide: bool) -> int:
-    return 5 if wide else 3
-
-
-@dataclass(frozen=True)
-class Ties(_TaskVectors):
-    """TIES: of each task vector the largest `density`, a sign by majority, the mean of those that agree.
-
-    The threshold is taken tensor by tensor. Weights default to 1. Arguments as of `solera.weights.ties`.
-    """
-
-    density: float = 0.2
-    weights: Numbers | None = None
-    elect: str = "mass"
-    weigh: str = "before"
-    divide: str = "weight"
-    scale: float = 1.0
-
-    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = widened(tensors, base, out_dtype)
-        weights = list(self.weights or [1.0] * len(tensors))
-        options = {key: getattr(self, key) for key in ("elect", "weigh", "divide", "scale")}
-        return _function("ties")(base, tensors, weights, self.density, **options)
-
-    def sweeps(self, wide):
-        return _rank_sweeps(wide)
-
-    def study(self, name, shape, count, wide, seed):
-        rank = _sparse().ties_rank(self.density, math.prod(shape))
-        return _sweeps().Ranks([[rank]] * count, wide)
-
-    def study_bytes(self, count, elements):
-        return _RANK_BYTES * count
-
-    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
-        if study is None:
-            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype, out=out)
-        tensors, base = widened(tensors, base, out_dtype)
-        weights = list(self.weights or [1.0] * len(tensors))
-        return _sparse().merged_part(
-            base, tensors, weights, low=study.thresholds(0), **self._voted()
-        )
-
-
-@dataclass(frozen=True)
-class Dare(_TaskVectors):
-    """DARE: each element of a task vector kept with probability `density` and rescaled. Weights default to 1 / K.
-
-    Arguments as of `solera.weights.dare`.
-    """
-
-    density: float = 0.5
-    weights: Numbers | None = None
-    rescale: str | None = "probability"
-    consensus: str | None = None
-    scale: float = 1.0
-    symmetric: ClassVar[bool] = False
-    ordered: ClassVar[bool] = True
-    grain: ClassVar[int] = 512  # elements that share blocks of random words
-
-    def tiling(self, shape):
-        return "whole" if self.rescale == "l1" else "elements"
-
-    def sweeps(self, wide):
-        return 2 if self.rescale == "l1" else 1
-
-    def study(self, name, shape, count, wide, seed):
-        drawn = _sparse().drawn_part(name, seed, [self.density] * count)
-        return _sweeps().Magnitudes(drawn["keys"][0], drawn["keep"], drawn["seed"])
-
-    def study_bytes(self, count, elements):
-        # Sums of each chunk, and its tensors.
-        return -(-elements // _sweeps().CHUNK) * 640 * count
-
-    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        options = ("rescale", "consensus", "scale")
-        return self._drawn("dare", name, tensors, base, out_dtype, seed, options)
-
-    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
-        if study is None and self.rescale == "l1":
-            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype, out=out)
-        tensors, base = widened(tensors, base, out_dtype)
-        shares = [self.density] * len(tensors)
-        drawn = _sparse().drawn_part(name, seed, shares, base.device)
-        sums = None if study is None else study.total
-        factors = _sparse().made_up(self.rescale, shares, sums, base.device)
-        return _sparse().merged_part(
-            base, tensors, self._mean_weights(len(tensors)), factors=factors, begins=[begin],
-            **drawn, **self._voted(),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Breadcrumbs(_TaskVectors):
-    """Model breadcrumbs: each task vector without its `gamma` largest elements, and of the rest the `density`
-    largest. Weights default to 1 / K. Arguments as of `solera.weights.breadcrumbs`.
-    """
-
-    density: float = 0.9
-    gamma: float = 0.01
-    weights: Numbers | None = None
-    consensus: str | None = None
-    scale: float = 1.0
-
-    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        tensors, base = widened(tensors, base, out_dtype)
-        numbers = (self._mean_weights(len(tensors)), self.density, self.gamma)
-        options = {"consensus": self.consensus, "scale": self.scale}
-        return _function("breadcrumbs")(base, tensors, *numbers, **options)
-
-    def sweeps(self, wide):
-        return _rank_sweeps(wide)
-
-    def study(self, name, shape, count, wide, seed):
-        ranks = _sparse().breadcrumb_ranks(self.density, self.gamma, math.prod(shape))
-        return _sweeps().Ranks([list(ranks)] * count, wide)
-
-    def study_bytes(self, count, elements):
-        return 2 * _RANK_BYTES * count
-
-    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
-        if study is None:
-            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype, out=out)
-        tensors, base = widened(tensors, base, out_dtype)
-        return _sparse().merged_part(
-            base, tensors, self._mean_weights(len(tensors)), low=study.thresholds(0),
-            high=study.thresholds(1), **self._voted(),
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Della(_TaskVectors):
-    """DELLA: elements dropped at random, smaller ones more often: kept with probability density - epsilon to
-    density + epsilon by rank in the row. Weights default to 1 / K. Arguments as of `solera.weights.della`.
-    """
-
-    density: float = 0.5
-    epsilon: float = 0.1
-    weights: Numbers | None = None
-    rescale: str | None = "probability"
-    consensus: str | None = "mass"
-    scale: float = 1.0
-    symmetric: ClassVar[bool] = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.epsilon <= self.density <= 1 - self.epsilon:
-            raise ValueError(
-                f"epsilon: expected density - epsilon and density + epsilon in [0, 1], got density {self.density} "
-                f"and epsilon {self.epsilon}"
-            )
-
-    def scratch(self, count):
-        return 40.0 + 2.0 * count  # ranks by torch's sort, and their masks
-
-    def tiling(self, shape):
-        return "rows" if len(shape) > 1 and self.rescale != "l1" else "whole"
-
-    @property
-    def divide(self) -> str | None:
-        """Without a vote nothing is divided by."""
-        return None if self.consensus is None else "weight"
-
-    def merge_tensor(self, name, tensors, base, *, seed=0, out_dtype=None, out=None):
-        options = ("epsilon", "rescale", "consensus", "scale", "divide")
-        return self._drawn("della", name, tensors, base, out_dtype, seed, options)
-
-    def merge_tile(self, name, tensors, base, study, *, begin=0, seed=0, out_dtype=None, out=None):
-        if begin == 0:
-            return self.merge_tensor(name, tensors, base, seed=seed, out_dtype=out_dtype)
-        tensors, base = widened(tensors, base, out_dtype)
-        return _sparse().della_part(
-            name, base, tensors, self._mean_weights(len(tensors)), self.density, seed=seed,
-            epsilon=self.epsilon, rescale=self.rescale, begin=begin, **self._voted(),
-        )  # fmt: skip
