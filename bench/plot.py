@@ -42,7 +42,8 @@ def draw(result: dict, path: Path) -> bool:
         return False
     heights = [sum(0.24 * len(bars(x)) + 0.26 for x in lines) + 0.5 for lines in groups.values()]
     ratios = [r for lines in groups.values() for x in lines for _, _, r in bars(x)]
-    low, high = min(0.9, *ratios) * 0.6, max(2.0, *ratios) * 2.2
+    # Room for what is written beside the shortest and the longest bar.
+    low, high = min(0.9, *ratios) * 0.4, max(2.0, *ratios) * 6
     figure, axes = plt.subplots(
         len(groups), 1, figsize=(11, sum(heights) + 1.2), squeeze=False, layout="constrained",
         gridspec_kw={"height_ratios": heights}, facecolor="white",
@@ -90,7 +91,7 @@ def draw(result: dict, path: Path) -> bool:
     )  # fmt: skip
     machine = result["machine"]
     name = machine["gpu"]["name"] if machine["gpu"] else machine["cpu"]["model"]
-    axes[-1, 0].set_xlabel(
+    figure.supxlabel(
         f"how many times as fast Solera is (log scale; more is better). {name}, "
         f"{machine['threads']} threads, torch {machine['versions']['torch']}",
         fontsize=8,
