@@ -305,3 +305,19 @@ def test_any_argument_gives_a_result_or_a_clear_error(rho, momentum, scaling, le
             assert name in (*options, "gradient", "cost", "a", "b"), error
         else:
             assert r.plan().shape == C.shape and torch.isfinite(r.plan()).all()
+
+
+@pytest.mark.no_interpreter
+def test_gradients_of_potentials_whose_marginals_hardly_hold():
+    """exp(-f / rho) of 1e-8 and less: what would be far from a balanced solution is this one's."""
+    cost = (torch.rand(4, 5, dtype=torch.float64, device=DEVICE) + 0.5).requires_grad_()
+
+    def value(cost):
+        r = sinkhorn(cost, epsilon=0.02, rho=0.02, max_iterations=3000)
+        return r.f[0] + 0.5 * r.g[1]
+
+    (grad,) = torch.autograd.grad(value(cost), cost)
+    step = 1e-6 * torch.randn_like(cost)
+    with torch.no_grad():
+        difference = (value(cost + step) - value(cost - step)) / 2
+    torch.testing.assert_close((grad * step).sum(), difference, rtol=1e-6, atol=0)

@@ -118,15 +118,16 @@ def _scaling(b: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 def _factored(cost, a, b, f, g, epsilon, u, v, la, lb, balanced, lengths):
     """(X, Y, E Y, E^T X) on the smaller side, differentiable."""
     e = kernel_matrix(valid_cost(cost, lengths).to(f.dtype), f, g, epsilon)
-    # At the solution E <= 1 / max(a_i, b_j), and rows and columns are 1: what is far from that has not converged, and
-    # would only overflow.
+    # Far from convergence E would overflow. Of a balanced solution E <= 1 / max(a_i, b_j) and rows and columns are 1; one
+    # with penalised marginals has any.
     largest = torch.maximum(a.unsqueeze(-1), b.unsqueeze(-2)).detach().clamp(min=1e-12)
-    e = e.minimum(1e3 / largest)
+    e = e.minimum(1e3 / largest) if balanced else e.clamp(max=1e130)
     rows, columns = _times(e, b), _times(e.transpose(-1, -2), a)
     if balanced:
         # Both are 1 at the solution (0 for a massless row of forbidden pairs), so their derivative is 0.
         rows, columns = rows.detach(), columns.detach()
-    rows, columns = (_met(t).clamp(min=1e-8) for t in (rows, columns))
+    least = 1e-8 if balanced else 0.0
+    rows, columns = (_met(t).clamp(min=least) for t in (rows, columns))
     if a.shape[-1] < b.shape[-1]:
         et = e.transpose(-1, -2)
         y, x = _direct(et, b, a, columns, rows, v, u, lb, la, balanced)
