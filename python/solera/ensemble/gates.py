@@ -22,6 +22,7 @@ class TopKGate(NamedTuple):
 
 
 def count_in(name: str, value: object, high: int) -> int:
+    """value, if it is an int in [1, high], else a ValueError that names the argument."""
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= high:
         raise ValueError(f"{name}: expected an int in [1, {high}], got {value!r}")
     return value

@@ -118,8 +118,8 @@ def _scaling(b: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
 def _factored(cost, a, b, f, g, epsilon, u, v, la, lb, balanced, lengths):
     """(X, Y, E Y, E^T X) on the smaller side, differentiable."""
     e = kernel_matrix(valid_cost(cost, lengths).to(f.dtype), f, g, epsilon)
-    # Far from convergence E would overflow. Of a balanced solution E <= 1 / max(a_i, b_j) and rows and columns are 1; one
-    # with penalised marginals has any.
+    # Far from convergence E would overflow. Of a balanced solution E <= 1 / max(a_i, b_j) and rows and columns are 1;
+    # one with penalised marginals has any.
     largest = torch.maximum(a.unsqueeze(-1), b.unsqueeze(-2)).detach().clamp(min=1e-12)
     e = e.minimum(1e3 / largest) if balanced else e.clamp(max=1e130)
     rows, columns = _times(e, b), _times(e.transpose(-1, -2), a)

@@ -64,6 +64,7 @@ def _sinkhorn_plan_sums(cost, f, g, x, w, y, epsilon, by_cost=False, lengths=Non
 
 
 def plan_sums(*args) -> tuple[Tensor, Tensor]:
+    """(K x, K^T (w * K x + y)) by the op, or by the reference where that is asked for; arguments as of the op."""
     return (_sinkhorn_plan_sums if use_reference() else _op.sinkhorn_plan_sums)(*args)
 
 

@@ -15,6 +15,8 @@ from ._method import Method, Numbers, function, module, numbers, options, widene
 
 @dataclass(frozen=True)
 class TaskVectors(Method):
+    """What the methods of this file share: the base, weights, how parts are merged and masks drawn."""
+
     uses_base: ClassVar[bool] = True
 
     def scratch(self, count):
