@@ -113,7 +113,7 @@ class MLPBackboneEnsembleBase(_Blocks):
 
     def get_original_output_shape(self) -> torch.Size:
         """(d_block,): the shape of one member's output."""
-        raise NotImplementedError
+        return torch.Size((self.blocks[-1][0].weight.shape[0],))  # of a weight that members share
 
     def _plain_blocks(self, linear: type[nn.Module]) -> list[tuple[Any, str | None]] | None:
         """(linear, activation) of each block if all are as built here and nobody listens in."""
@@ -219,10 +219,6 @@ class MLPBackboneMiniEnsemble(MLPBackboneEnsembleBase):
     def _linear(self, index: int, in_features: int, out_features: int) -> nn.Module:
         return nn.Linear(in_features, out_features)
 
-    def get_original_output_shape(self) -> torch.Size:
-        """(d_block,): the shape of one member's output."""
-        return torch.Size((self.blocks[-1][0].weight.shape[0],))
-
     def forward(self, x: Tensor) -> Tensor:
         """x (B, k, d_in) -> (B, k, d_block)."""
         plain = self._plain_blocks(nn.Linear)
@@ -279,10 +275,6 @@ class MLPBackboneBatchEnsemble(MLPBackboneEnsembleBase):
             scaling_init=first if tabm_init else init,
             first_scaling_init_chunks=chunks if index == 0 else None,
         )
-
-    def get_original_output_shape(self) -> torch.Size:
-        """(d_block,): the shape of one member's output."""
-        return torch.Size((self.blocks[-1][0].weight.shape[0],))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, k, d_in) or (B, d_in) -> (B, k, d_block)."""
